@@ -1,0 +1,166 @@
+"""Lend a model the sparse forward and take it back: what `attach` changes, `detach` restores."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from .attention import IMPLEMENTATION, LayerState, Recorder, mask_interface, sparse_forward
+from .config import SparseConfig
+from .families import FAMILIES, attention_layers, context_tokens, head_counts
+from .heads import HeadMap
+from .indexer import indexer_from_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .checkpoint import Artifact
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `model` runs the sparse forward now."""
+    return any("rtpurbo" in m.__dict__ for m in model.modules())
+
+
+def attach(
+    model: PreTrainedModel,
+    heads: HeadMap,
+    config: SparseConfig,
+    indexer: nn.ModuleDict | dict[str, Tensor] | None = None,
+) -> None:
+    """Make `model` sparse in place, until `detach`.
+
+    Args:
+        heads: roles of the model's heads; must have the model's shape.
+        config: window, sinks, p.
+        indexer: trained index projections (or their tensors, as an artefact holds them); None leaves retrieval heads
+            dense.
+
+    Raises:
+        ValueError: unsupported architecture, a head map of another shape, or a model that is sparse already.
+    """
+    if is_attached(model):
+        raise ValueError("This model is sparse already; detach it first.")
+    modules = attention_layers(model)
+    layers, query_heads, kv_heads, head_dim = head_counts(model)
+    got = (len(heads.retrieval), heads.query_heads, heads.kv_heads)
+    if got != (layers, query_heads, kv_heads) or set(heads.layers) != set(modules):
+        raise ValueError(
+            f"The head map is for {got[0]} layers of {got[1]} query and {got[2]} KV heads; "
+            f"this model has {layers} layers of {query_heads} and {kv_heads}. Calibrate this model."
+        )
+    if isinstance(indexer, dict):
+        indexer = indexer_from_state(indexer, heads, head_dim=head_dim, index_dim=config.index_dim)
+    AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)  # for layers left as they are
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_interface)
+    text_config = model.config.get_text_config(decoder=True)
+    qk_norm = FAMILIES[text_config.model_type].qk_norm
+    for layer, module in modules.items():
+        state = LayerState(layer, heads, config, qk_norm)
+        module.__dict__["rtpurbo"] = state
+        module.__dict__["rtpurbo_before"] = (module.__dict__.get("forward"), text_config._attn_implementation)
+        module.forward = types.MethodType(sparse_forward, module)
+        if indexer is not None and str(layer) in indexer:
+            indexer[str(layer)].to(module.q_proj.weight.device).requires_grad_(False)  # type: ignore[union-attr,arg-type]
+            module.rtpurbo_indexer = indexer[str(layer)]  # type: ignore[index]
+    text_config._attn_implementation = IMPLEMENTATION
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`; does nothing to a model that is not sparse."""
+    for module in model.modules():
+        if "rtpurbo" not in module.__dict__:
+            continue
+        forward, implementation = module.__dict__.pop("rtpurbo_before")
+        del module.__dict__["rtpurbo"]
+        del module.__dict__["forward"]
+        if forward is not None:
+            module.forward = forward
+        module._modules.pop("rtpurbo_indexer", None)
+        model.config.get_text_config(decoder=True)._attn_implementation = implementation
+
+
+@contextmanager
+def attached(model: PreTrainedModel, heads: HeadMap, config: SparseConfig, indexer: Any = None) -> Iterator[None]:
+    """`attach` for the length of a `with` block."""
+    attach(model, heads, config, indexer)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+@contextmanager
+def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    """Show `recorder` the queries and keys of every converted layer; a model that is not sparse runs dense meanwhile."""
+    borrowed = not is_attached(model)
+    if borrowed:
+        layers, query_heads, kv_heads, _ = head_counts(model)
+        dense = HeadMap.uniform(
+            layers=list(attention_layers(model)),
+            num_layers=layers,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            dense=True,
+        )
+        attach(model, dense, SparseConfig(window_tokens=context_tokens(model)))
+    states = [m.__dict__["rtpurbo"] for m in model.modules() if "rtpurbo" in m.__dict__]
+    for state in states:
+        state.recorder = recorder
+    try:
+        yield
+    finally:
+        for state in states:
+            state.recorder = None
+        if borrowed:
+            detach(model)
+
+
+@contextmanager
+def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float | None = None) -> Iterator[Any]:
+    """Borrow a model: sparse inside the `with` block, as it was after it.
+
+    Args:
+        model: the base model that the artefact was made for.
+        artifact: an Artifact, a directory or a hub name.
+        top_p: overrides the artefact's p.
+
+    Yields:
+        The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
+
+    Raises:
+        ValueError: the artefact was made for other weights, or holds full weights (use `rtpurbo.load`).
+    """
+    import dataclasses
+
+    from .checkpoint import Artifact, check_fingerprint
+
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.load(artifact)
+    check_fingerprint(model, artifact)
+    if artifact.weights_kind == "full":
+        raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
+    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p)
+    sparse: Any = model
+    if artifact.weights_kind == "lora":
+        from peft import PeftModel
+
+        sparse = PeftModel.from_pretrained(model, str(artifact.weights_path))  # type: ignore[arg-type]
+        sparse.eval()
+    try:
+        with torch.no_grad():
+            attach(sparse, artifact.heads, config, artifact.indexer)
+        yield sparse
+    finally:
+        detach(sparse)
+        if sparse is not model:
+            sparse.unload()
+            model.__dict__.pop("peft_config", None)

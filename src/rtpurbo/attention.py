@@ -1,0 +1,257 @@
+"""The sparse forward of an attention module, shared by all families: prefill, decode and training.
+
+Six steps: project; rotate; index; remember; attend (each head by its role); project back. Short sequences, at most
+window + sinks, take the dense path of Transformers' SDPA with identical results.
+
+Shapes: B batch, T new tokens, N slots so far, Hq query heads, Hkv KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from . import ops
+from .cache import KeyValues, SparseLayer, gather_slots, sparse_layer, split_heads
+from .config import SparseConfig
+from .heads import HeadMap
+from .indexer import LayerIndexer
+from .ops.reference import visible_slots
+
+IMPLEMENTATION = "rtpurbo"
+Recorder = Callable[["Observed"], None]
+
+
+@dataclass
+class Observed:
+    """What a recorder is shown once per layer and forward pass."""
+
+    layer: int
+    q_pre: Tensor
+    """[B, Hq, T, D] before RoPE, after q_norm"""
+    k_pre: Tensor
+    """[B, Hkv, T, D] before RoPE, after k_norm"""
+    q: Tensor
+    """[B, Hq, T, D] after RoPE"""
+    k: Tensor
+    """[B, Hkv, T, D] after RoPE"""
+    scaling: float
+
+
+@dataclass
+class LayerState:
+    """A converted layer's roles, settings and (optionally) recorder; held by the attention module while attached."""
+
+    layer: int
+    heads: HeadMap
+    config: SparseConfig
+    qk_norm: bool
+    recorder: Recorder | None = None
+    retrieval: list[int] = field(init=False)
+    local: list[int] = field(init=False)
+    full_kv: list[int] = field(init=False)
+    local_kv: list[int] = field(init=False)
+    unit_rows: list[int] = field(init=False)
+    """Row of `full_kv` that each index unit reads."""
+    dense_rows: dict[int, list[int]] = field(init=False)
+    """Full KV head's row -> its local query heads."""
+
+    def __post_init__(self) -> None:
+        heads, size = self.heads, self.heads.group_size
+        self.retrieval = list(heads.retrieval_heads(self.layer))
+        self.local = [h for h in range(heads.query_heads) if h not in self.retrieval]
+        self.full_kv = list(heads.full_kv_heads(self.layer))
+        self.local_kv = [g for g in range(heads.kv_heads) if g not in self.full_kv]
+        self.unit_rows = [self.full_kv.index(g) for g in heads.units(self.layer)]
+        mixed = {row: [h for h in heads.group(g) if h in self.local] for row, g in enumerate(self.full_kv)}
+        self.dense_rows = {row: local for row, local in mixed.items() if local}
+        self.group_size = size
+
+    def new_cache_layer(self) -> SparseLayer:
+        """An empty cache layer for these roles."""
+        return SparseLayer(
+            full_heads=self.full_kv,
+            local_heads=self.local_kv,
+            window_tokens=self.config.window_tokens,
+            sink_tokens=self.config.sink_tokens,
+        )
+
+
+def mask_interface(*args, attention_mask: Tensor | None = None, kv_length: int = 0, local_size: int | None = None, **kw):
+    """Mask for Transformers' mask registry: [B, N] padding or None for converted layers, SDPA's for sliding ones."""
+    if local_size is not None:
+        return sdpa_mask(*args, attention_mask=attention_mask, kv_length=kv_length, local_size=local_size, **kw)
+    if kw.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ValueError("Packed sequences and custom masks are not supported by a sparse model; pass one document a row.")
+    if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
+        return None
+    return attention_mask[:, :kv_length]
+
+
+def sparse_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values=None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Forward of a converted attention module: hidden states [B, T, hidden] -> ([B, T, hidden], None).
+
+    Args:
+        attention_mask: [B, N] bool padding mask, False for padding, or None (see `mask_interface`).
+        past_key_values: a DynamicCache, or None.
+    """
+    state: LayerState = self.rtpurbo  # type: ignore[assignment]
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError("A sparse model takes a 2D attention mask [batch, tokens]; custom 4D masks are not supported.")
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q_pre, k_pre, v = (
+        p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)  # type: ignore[operator]
+    )
+    if state.qk_norm:
+        q_pre, k_pre = self.q_norm(q_pre), self.k_norm(k_pre)  # type: ignore[operator]
+    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
+    q, k = rotate(q_pre, k_pre, *position_embeddings)  # type: ignore[misc]
+    if state.recorder is not None:
+        state.recorder(Observed(state.layer, q_pre, k_pre, q, k, self.scaling))  # type: ignore[arg-type]
+
+    indexer: LayerIndexer | None = self._modules.get("rtpurbo_indexer")  # type: ignore[assignment]
+    selects = indexer is not None and state.config.top_p < 1.0
+    index_k = indexer.project_keys(k_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
+
+    cache = None if past_key_values is None else sparse_layer(past_key_values, state.layer, state.new_cache_layer)
+    if cache is not None:
+        cache.append(k, v, index_k, attention_mask)
+    length = cache.get_seq_length() if cache is not None else k.shape[2]
+    real = None if attention_mask is None else attention_mask[:, :length]
+    short = length <= state.config.window_tokens + state.config.sink_tokens
+    if short or not state.local and not selects:
+        k_all, v_all = cache.all_heads() if cache is not None else (k, v)
+        mask = _dense_mask(q.shape[2], length, real, q.device)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, _ = sdpa_attention_forward(self, q, k_all, v_all, mask, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
+        out = out.transpose(1, 2)
+    else:
+        view = cache.view(real) if cache else split_heads(k, v, index_k, state.new_cache_layer(), real)
+        index_q = indexer.project_queries(q_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
+        attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
+        out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
+    if cache is not None:
+        cache.drop(real)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
+
+
+def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.device) -> Tensor | None:
+    """[B or 1, 1, T, N] bool as Transformers' SDPA takes it, or None where its causal flag does."""
+    if real is None and (queries == 1 or queries == length):
+        return None
+    slots = torch.arange(length, device=device)
+    return visible_slots(slots[length - queries :], slots, real)
+
+
+def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
+    """Attend with many queries: [B, Hq, T, D] -> [B, Hq, T, D]."""
+    out = torch.empty_like(q)
+    window = state.config.window_tokens
+    if state.retrieval:
+        rows = [row for row in state.unit_rows for _ in range(state.heads.heads_per_unit)]
+        out[:, state.retrieval] = ops.retrieval_attention(
+            q[:, state.retrieval],
+            kv.full_k[:, rows],
+            kv.full_v[:, rows],
+            index_q,
+            kv.index_k,
+            heads_per_unit=state.heads.heads_per_unit,
+            sinks=kv.sinks,
+            window_tokens=window,
+            top_p=state.config.top_p,
+            scaling=scaling,
+            real=real,
+        )
+    if state.local:
+        # local query heads read local KV heads first, then full ones
+        size, local_rows = state.group_size, len(state.local_kv)
+        rows = [local_rows + state.full_kv.index(h // size) if h // size in state.full_kv else state.local_kv.index(h // size)
+                for h in state.local]  # fmt: skip
+        k, v, sink_k, sink_v = kv.local_k, kv.local_v, kv.sink_k, kv.sink_v
+        first = kv.first_slot
+        if state.dense_rows:
+            if not state.local_kv:
+                first = max(0, kv.full_k.shape[2] - q.shape[2] - window)
+                k, v = k[:, :, first:], v[:, :, first:]
+            full_sinks = (gather_slots(x, kv.sinks) for x in (kv.full_k, kv.full_v))
+            sink_k, sink_v = (torch.cat(pair, 1) for pair in zip((sink_k, sink_v), full_sinks, strict=True))
+            k, v = (torch.cat([x, y[:, :, first:]], 1) for x, y in ((k, kv.full_k), (v, kv.full_v)))
+        out[:, state.local] = ops.window_attention(
+            q[:, state.local],
+            k[:, rows],
+            v[:, rows],
+            sink_k[:, rows],
+            sink_v[:, rows],
+            first_slot=first,
+            sinks=kv.sinks,
+            window_tokens=window,
+            scaling=scaling,
+            real=real,
+        )
+    return out
+
+
+def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
+    """Attend with one query per sequence: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
+    out = torch.empty_like(q)
+    length = real.shape[1] if real is not None else kv.first_slot + kv.local_k.shape[2]
+    if kv.full_k.shape[1]:
+        length = kv.full_k.shape[2]
+    window = {"first_slot": max(0, length - state.config.window_tokens), "sinks": kv.sinks}
+    if state.retrieval:
+        heads = q[:, state.retrieval, 0].unflatten(1, (-1, state.heads.heads_per_unit))
+        result = ops.decode_retrieval(
+            heads,
+            kv.full_k,
+            kv.full_v,
+            index_q,
+            kv.index_k,
+            kv_heads=state.unit_rows,
+            sinks=kv.sinks,
+            window_tokens=state.config.window_tokens,
+            top_p=state.config.top_p,
+            scaling=scaling,
+            real=real,
+        )
+        out[:, state.retrieval, 0] = result.flatten(1, 2)
+    if state.local_kv:
+        heads_of = [h for g in state.local_kv for h in state.heads.group(g)]
+        skip = window["first_slot"] - kv.first_slot
+        result = ops.decode_window(
+            q[:, heads_of, 0].unflatten(1, (-1, state.group_size)),
+            kv.local_k[:, :, skip:],
+            kv.local_v[:, :, skip:],
+            kv.sink_k,
+            kv.sink_v,
+            scaling=scaling,
+            real=real,
+            **window,
+        )
+        out[:, heads_of, 0] = result.flatten(1, 2)
+    for row, local in state.dense_rows.items():
+        k, v = kv.full_k[:, row : row + 1], kv.full_v[:, row : row + 1]
+        result = ops.decode_window(
+            q[:, None, local, 0],
+            k[:, :, window["first_slot"] :],
+            v[:, :, window["first_slot"] :],
+            gather_slots(k, kv.sinks),
+            gather_slots(v, kv.sinks),
+            scaling=scaling,
+            real=real,
+            **window,
+        )
+        out[:, local, 0] = result[:, 0]
+    return out

@@ -1,0 +1,293 @@
+"""The artefact: what a conversion leaves behind, in one small directory.
+
+`rtpurbo_config.json` is the whole truth: it names the files that belong to it, by content, so that replacing it is
+the one atomic moment of a save. Every prefix of the pipeline is a valid artefact: head map alone, head map + indexer,
+head map + indexer + distilled weights. Tensors are safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .config import SparseConfig, from_dict
+from .heads import HeadMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "rtpurbo_config.json"
+FORMAT_VERSION = 1
+WORK_DIR = "work"
+"""Subdirectory for states of unfinished stages and the metrics of finished ones."""
+_KEYS = ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A converted model, without the base model's weights."""
+
+    base_model: dict[str, Any]
+    """name, revision, model_type, fingerprint of the model it was made for."""
+    config: SparseConfig
+    """Window, sinks, index dimension, p."""
+    heads: HeadMap
+    """Roles of all heads."""
+    stages: dict[str, Any] = field(default_factory=dict)
+    """Per finished stage its settings and metrics."""
+    indexer: dict[str, Tensor] | None = None
+    """Index projections by name, or None before stage 1."""
+    weights_kind: str | None = None
+    """"lora" (a PEFT adapter), "full" (a whole model), or None before stage 2."""
+    weights_path: Path | None = None
+    """Directory of the distilled weights."""
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Artifact:
+        """Read an artefact from a directory or a hub repository.
+
+        Raises:
+            ValueError: no artefact there, a newer format, an unknown key, or a damaged file.
+        """
+        path = find_artifact(source, revision)
+        try:
+            raw = json.loads((path / CONFIG_FILE).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: expected JSON ({error}). Convert again.") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: expected a JSON object, got {type(raw).__name__}.")
+        version = raw.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has artefact format {version!r}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
+                "Upgrade rtpurbo."
+            )
+        for key in raw:
+            if key not in _KEYS:
+                raise ValueError(f"Unknown key {key!r} in {path / CONFIG_FILE}; valid keys: {', '.join(_KEYS)}.")
+        for key in ("base_model", "sparse", "heads"):
+            if not isinstance(raw.get(key), dict):
+                raise ValueError(f"{path / CONFIG_FILE} is damaged: {key!r} must be an object. Convert again.")
+        weights = raw.get("weights")
+        artifact = cls(
+            base_model=raw["base_model"],
+            config=from_dict(SparseConfig, raw["sparse"], where="the artefact's sparse section"),
+            heads=HeadMap.from_dict(raw["heads"]),
+            stages=raw.get("stages", {}),
+            indexer=_read_tensors(path, raw["indexer"]) if raw.get("indexer") else None,
+            weights_kind=weights["kind"] if weights else None,
+            weights_path=_inside(path, weights["directory"]) if weights else None,
+        )
+        if artifact.weights_path is not None:
+            _check_weights(artifact.weights_path)
+        return artifact
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write into `directory`: new files beside the old ones, then the config in one step, then old files away.
+
+        Raises:
+            ValueError: the directory holds something that is not an artefact.
+            OSError: the disk is full or not writable; the old artefact is untouched.
+        """
+        path = Path(directory)
+        check_output(path)
+        path.mkdir(parents=True, exist_ok=True)
+        raw: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "sparse": dataclasses.asdict(self.config),
+            "heads": self.heads.to_dict(),
+            "stages": self.stages,
+        }
+        kept = {CONFIG_FILE}
+        if self.indexer is not None:
+            content = _tensor_bytes(self.indexer)
+            name = f"rtpurbo_indexer.{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+            if not (path / name).exists():
+                with atomic_path(path / name) as temporary:
+                    temporary.write_bytes(content)
+            raw["indexer"] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+            kept.add(name)
+        if self.weights_path is not None:
+            name = f"{self.weights_kind}.{_directory_digest(self.weights_path)[:8]}"
+            if not (path / name).exists():
+                with atomic_path(path / name) as temporary:
+                    shutil.copytree(self.weights_path, temporary)
+            raw["weights"] = {"kind": self.weights_kind, "directory": name}
+            kept.add(name)
+        write_json(path / CONFIG_FILE, raw)
+        for entry in path.iterdir():
+            stale = entry.name.startswith(("rtpurbo_indexer.", "lora.", "full.", ".tmp-"))
+            if stale and entry.name not in kept:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def with_stage(self, name: str, settings: Any, metrics: dict[str, Any], **changes: Any) -> Artifact:
+        """A copy with stage `name` recorded, and `changes` to other fields."""
+        stage = {"settings": dataclasses.asdict(settings), "metrics": metrics}
+        return dataclasses.replace(self, stages={**self.stages, name: stage}, **changes)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to a hub repository, with a model card that shows the measured table; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        from .model_card import model_card
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            (Path(folder) / "README.md").write_text(model_card(self))
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RTPurbo artefact")
+        return str(url)
+
+
+def find_artifact(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Local directory of an artefact, fetched from the hub when `source` is a repository name."""
+    path = Path(source)
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        what = "has no rtpurbo_config.json" if path.exists() else "does not exist"
+        raise ValueError(f"{str(source)!r} is not an artefact: it {what}. Make one with `rtpurbo convert`.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(str(source), revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{str(source)!r} is neither a local artefact nor a hub repository that can be reached "
+            f"({type(error).__name__}). Check the name and the network."
+        ) from error
+    if not (found / CONFIG_FILE).is_file():
+        raise ValueError(f"Hub repository {str(source)!r} is not an artefact: it has no {CONFIG_FILE}.")
+    return found
+
+
+def check_output(path: Path) -> None:
+    """ValueError when `path` exists and is neither empty nor an artefact (finished or in the making)."""
+    if path.is_file():
+        raise ValueError(f"Output {str(path)!r} is a file; expected a directory.")
+    if not path.is_dir() or (path / CONFIG_FILE).is_file() or (path / WORK_DIR / CONFIG_FILE).is_file():
+        return
+    foreign = sorted(e.name for e in path.iterdir() if e.name != WORK_DIR and not e.name.startswith(".tmp-"))
+    if foreign:
+        raise ValueError(
+            f"Output directory {str(path)!r} holds other files ({', '.join(foreign[:3])}); "
+            "expected an empty directory or an artefact. Choose another --output."
+        )
+
+
+def check_fingerprint(model: PreTrainedModel, artifact: Artifact) -> None:
+    """ValueError when `artifact` was made for other weights than `model`'s."""
+    from .models import fingerprint
+
+    got = fingerprint(model)
+    if got != artifact.base_model["fingerprint"]:
+        raise ValueError(
+            f"This artefact was made for other weights: expected {artifact.base_model['name']} with fingerprint "
+            f"{artifact.base_model['fingerprint'][:12]}, got a model with {got[:12]}. Load its own base model, or convert "
+            "this one."
+        )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+
+
+def _inside(path: Path, name: str) -> Path:
+    """`path / name`, refusing names that lead out of the artefact."""
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"{path / CONFIG_FILE} names a file outside the artefact: {name!r}.")
+    return path / name
+
+
+def _read_tensors(path: Path, entry: dict[str, str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    file = _inside(path, entry["file"])
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is not a safetensors file; nothing else is ever loaded.")
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing; the artefact is incomplete. Train the indexer again.") from error
+    try:
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise ValueError("its checksum differs")
+        return load(content)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Fetch it again or train the indexer again.") from error
+
+
+def _check_weights(path: Path) -> None:
+    """ValueError when a weights directory is incomplete, truncated or holds pickled tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; the artefact is incomplete. Distil again.")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no safetensors file; nothing else is ever loaded. Distil again.")
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error}). Fetch it again or distil again.") from error
+
+
+def _directory_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

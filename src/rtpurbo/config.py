@@ -1,0 +1,197 @@
+"""Every setting, once: a field's docstring is its documentation, its command-line help and its unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+Granularity = Literal["head", "group"]
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got!r}.")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, where: str) -> T:
+    """Build dataclass `cls` from a plain dict; an unknown key raises ValueError with the nearest valid name."""
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+            raise ValueError(f"Unknown key {key!r} in {where}; did you mean {near[0]!r}? Valid keys: {', '.join(names)}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where} is incomplete or has a value of the wrong type: {error}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """What a sparse layer keeps (paper, section 3)."""
+
+    window_tokens: int = 8192
+    """Tokens that every local head sees: the query itself and those just before it."""
+    sink_tokens: int = 4
+    """First real tokens of a sequence that every head sees (attention sinks)."""
+    index_dim: int = 16
+    """Dimensions of the learned index projection."""
+    top_p: float = 0.9
+    """Index attention mass that a retrieval head's selection must reach; 1.0 selects everything."""
+
+    def __post_init__(self) -> None:
+        _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
+        _require(self.sink_tokens >= 0, "sink_tokens", "0 or more tokens", self.sink_tokens)
+        _require(self.index_dim >= 1, "index_dim", "at least 1", self.index_dim)
+        _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """How retrieval heads are found (paper, section 3.1)."""
+
+    granularity: Granularity = "head"
+    """Choose single query heads (the paper), or whole KV groups (least cache: nothing full is kept for the rest)."""
+    retrieval_ratio: float = 0.15
+    """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
+    threshold: float | None = None
+    """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
+    lengths_tokens: tuple[int, ...] = ()
+    """Document lengths in tokens; empty: an eighth, a quarter and a half of the context, at least 4 windows."""
+    documents: int = 6
+    """Documents per length."""
+    needle_tokens: int = 48
+    """Length of the repeated needle span in tokens."""
+    queries: int = 64
+    """Sampled query positions per document for the far attention mass on ordinary text."""
+    check_samples: int = 8
+    """Retrieval questions that check the choice, dense against dense retrieval heads + window; 0 skips the check."""
+    check_seed_overlap: bool = True
+    """Also score half of the documents against the other half and report how far both choices agree."""
+    seed: int = 0
+    """Seed of documents, needles and sampled positions."""
+
+    def __post_init__(self) -> None:
+        _require(self.granularity in ("head", "group"), "granularity", "'head' or 'group'", self.granularity)
+        _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
+        _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
+        _require(self.documents >= 2, "documents", "at least 2", self.documents)
+        _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
+        _require(self.queries >= 1, "queries", "at least 1", self.queries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What both training stages share: the one loop's settings."""
+
+    steps: int = 300
+    """Optimiser steps; 0 keeps the start."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
+    length_tokens: int = 0
+    """Length of a training document in tokens; 0: the model's context (at most 32768)."""
+    batch_size: int = 1
+    """Documents per step and process."""
+    save_every: int = 50
+    """Steps between two saved states, from which a killed run goes on; 0 saves none."""
+    seed: int = 0
+    """Seed of documents, sampled positions and the optimiser."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "steps", "0 or more", self.steps)
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(self.length_tokens >= 0, "length_tokens", "0 or more tokens", self.length_tokens)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.save_every >= 0, "save_every", "0 or more steps", self.save_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig(TrainConfig):
+    """Stage 1: train the index projections (paper, section 3.2)."""
+
+    queries: int = 256
+    """Sampled query positions per document and step."""
+    start: Literal["closed_form", "random"] = "closed_form"
+    """Where training starts: an SVD of the whitened pre-RoPE query-key product, or random projections."""
+    documents: int = 64
+    """Different training documents; their queries and keys are kept in memory while they fit."""
+    capture_gib: float = 4.0
+    """Memory for captured queries and keys in GiB; documents beyond it are run again when their turn comes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.queries >= 1, "queries", "at least 1", self.queries)
+        _require(self.start in ("closed_form", "random"), "start", "'closed_form' or 'random'", self.start)
+        _require(self.documents >= 1, "documents", "at least 1", self.documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Stage 2: match the dense model's next-token distribution (paper, section 3.3)."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
+    labels: int = 2048
+    """Label positions per document and step, the last ones of the document and every synthetic answer."""
+    top_logits: int = 10
+    """Teacher logits that are matched; the rest of the vocabulary counts as one more class."""
+    weights: Literal["lora", "full"] = "lora"
+    """Train a PEFT LoRA adapter, or all weights."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapter on the attention projections."""
+    retrieval_ratio: float = 0.5
+    """Share of documents that carry synthetic retrieval questions."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.labels >= 1, "labels", "at least 1", self.labels)
+        _require(self.top_logits >= 1, "top_logits", "at least 1", self.top_logits)
+        _require(self.weights in ("lora", "full"), "weights", "'lora' or 'full'", self.weights)
+        _require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
+        _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What `rtpurbo eval` measures, dense and sparse on the same samples."""
+
+    lengths_tokens: tuple[int, ...] = (2048, 4096)
+    """Prompt lengths of the needle grid in tokens."""
+    samples: tuple[int, ...] = (40,)
+    """Needle samples per length and kind; one number for all lengths or one per length."""
+    kinds: tuple[str, ...] = ("single", "multi_key", "multi_value", "multi_query")
+    """Kinds of needle question: single, multi_key, multi_value, multi_query."""
+    loss_documents: int = 8
+    """Held-out documents for loss, logit KL and top-1 agreement; 0 skips them."""
+    loss_length_tokens: int = 0
+    """Length of a held-out document in tokens; 0: the longest of lengths_tokens."""
+    fidelity_documents: int = 4
+    """Documents on which attention mass and selected tokens are measured; 0 skips them."""
+    decode_tokens: int = 16
+    """Tokens generated to measure decode speed and cache bytes at the longest length; 0 skips them."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness to run as well, by name (needs the package lm_eval)."""
+    task_limit: int | None = None
+    """At most this many samples of each harness task."""
+    seed: int = 0
+    """Seed of the samples."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.lengths_tokens) > 0, "lengths_tokens", "at least one length", self.lengths_tokens)
+        _require(
+            len(self.samples) in (1, len(self.lengths_tokens)), "samples", "one number, or one per length", self.samples
+        )
+        known = ("single", "multi_key", "multi_value", "multi_query")
+        for kind in self.kinds:
+            _require(kind in known, "kinds", f"among {', '.join(known)}", kind)
+
+
+def default_window_tokens(context_tokens: int) -> int:
+    """Window for a model of this context length: an eighth of it, at least 256 and at most the paper's 8192."""
+    return max(256, min(8192, context_tokens // 8))

@@ -1,0 +1,176 @@
+"""HeadMap: which query heads retrieve from far away, and what follows for KV heads and index units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Granularity, _require
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadMap:
+    """Roles of all heads of a model.
+
+    An *index unit* is what makes one selection: a retrieval query head (granularity "head", the paper), or all query
+    heads of a retrieval KV group (granularity "group"). A KV head is *full* when one of its query heads retrieves;
+    the cache of the others keeps sinks and window only.
+    """
+
+    query_heads: int
+    """Query heads per layer."""
+    kv_heads: int
+    """Key/value heads per layer."""
+    granularity: Granularity
+    """Unit of choice: "head" or "group"."""
+    retrieval: tuple[tuple[int, ...] | None, ...]
+    """Per layer the retrieval query heads, ascending; None for a layer that is left as it is."""
+
+    def __post_init__(self) -> None:
+        _require(self.granularity in ("head", "group"), "granularity", "'head' or 'group'", self.granularity)
+        _require(
+            self.kv_heads >= 1 and self.query_heads % self.kv_heads == 0,
+            "query_heads",
+            f"a multiple of kv_heads ({self.kv_heads})",
+            self.query_heads,
+        )
+        for layer, heads in enumerate(self.retrieval):
+            if heads is None:
+                continue
+            in_range = all(0 <= h < self.query_heads for h in heads) and list(heads) == sorted(set(heads))
+            _require(in_range, f"retrieval[{layer}]", f"ascending heads below {self.query_heads}", heads)
+            if self.granularity == "group":
+                whole = set(heads) == {h for g in self.full_kv_heads(layer) for h in self.group(g)}
+                _require(whole, f"retrieval[{layer}]", "made of whole KV groups", heads)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def heads_per_unit(self) -> int:
+        """Query heads that share one selection."""
+        return self.group_size if self.granularity == "group" else 1
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the converted layers."""
+        return tuple(i for i, heads in enumerate(self.retrieval) if heads is not None)
+
+    def group(self, kv_head: int) -> range:
+        """Query heads of one KV head."""
+        return range(kv_head * self.group_size, (kv_head + 1) * self.group_size)
+
+    def retrieval_heads(self, layer: int) -> tuple[int, ...]:
+        """Retrieval query heads of a layer, ascending; empty for a layer left as it is."""
+        return self.retrieval[layer] or ()
+
+    def full_kv_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads whose whole cache is kept, ascending."""
+        return tuple(sorted({h // self.group_size for h in self.retrieval_heads(layer)}))
+
+    def units(self, layer: int) -> tuple[int, ...]:
+        """KV head of every index unit, in the order of their query heads."""
+        heads = self.retrieval_heads(layer)
+        return tuple(h // self.group_size for h in heads[:: self.heads_per_unit])
+
+    @property
+    def ratio(self) -> float:
+        """Share of query heads (of converted layers) that retrieve."""
+        total = len(self.layers) * self.query_heads
+        return sum(len(self.retrieval_heads(i)) for i in self.layers) / max(total, 1)
+
+    @property
+    def full_kv_ratio(self) -> float:
+        """Share of KV heads (of converted layers) whose whole cache is kept."""
+        total = len(self.layers) * self.kv_heads
+        return sum(len(self.full_kv_heads(i)) for i in self.layers) / max(total, 1)
+
+    @classmethod
+    def uniform(cls, *, layers: list[int], num_layers: int, query_heads: int, kv_heads: int, dense: bool) -> HeadMap:
+        """Every head of `layers` a retrieval head (dense=True) or a local one (dense=False)."""
+        heads = tuple(range(query_heads)) if dense else ()
+        return cls(
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            granularity="head",
+            retrieval=tuple(heads if i in layers else None for i in range(num_layers)),
+        )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: list[list[float] | None],
+        *,
+        kv_heads: int,
+        granularity: Granularity,
+        ratio: float,
+        threshold: float | None = None,
+    ) -> HeadMap:
+        """Choose the highest scores over the whole model: a share `ratio`, or all that reach `threshold`.
+
+        Args:
+            scores: per layer one score per query head, None for a layer left as it is. A group's score is the
+                maximum of its query heads.
+        """
+        rows = [row for row in scores if row is not None]
+        query_heads = len(rows[0])
+        size = query_heads // kv_heads if granularity == "group" else 1
+        ranked = sorted(
+            ((max(row[u * size : (u + 1) * size]), -layer, -u) for layer, row in enumerate(scores) if row is not None
+             for u in range(query_heads // size)),
+            reverse=True,
+        )  # fmt: skip
+        keep = max(1, round(ratio * len(ranked)))
+        if threshold is not None:
+            keep = sum(score >= threshold for score, _, _ in ranked)
+            if keep == 0:
+                raise ValueError(f"No head reaches threshold={threshold}; the highest score is {ranked[0][0]:.3f}.")
+        chosen = {(-layer, -u) for _, layer, u in ranked[:keep]}
+        retrieval = tuple(
+            None if row is None else tuple(h for h in range(query_heads) if (layer, h // size) in chosen)
+            for layer, row in enumerate(scores)
+        )
+        return cls(query_heads=query_heads, kv_heads=kv_heads, granularity=granularity, retrieval=retrieval)
+
+    def overlap(self, other: HeadMap) -> float:
+        """Share of this map's retrieval heads that `other` chose too."""
+        mine = {(i, h) for i in self.layers for h in self.retrieval_heads(i)}
+        theirs = {(i, h) for i in other.layers for h in other.retrieval_heads(i)}
+        return len(mine & theirs) / max(len(mine), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict, the artefact's `heads` section."""
+        return {
+            "query_heads": self.query_heads,
+            "kv_heads": self.kv_heads,
+            "granularity": self.granularity,
+            "retrieval": [None if heads is None else list(heads) for heads in self.retrieval],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HeadMap:
+        """Inverse of `to_dict`; ValueError for unknown or impossible entries."""
+        from .config import from_dict
+
+        values = dict(values)
+        rows = values.get("retrieval")
+        if not isinstance(rows, list):
+            raise ValueError(f"heads.retrieval must be a list with one entry per layer, got {rows!r}.")
+        values["retrieval"] = tuple(None if row is None else tuple(row) for row in rows)
+        return from_dict(cls, values, where="the head map")
+
+    def __str__(self) -> str:
+        """The map as text: a line per layer, `R` retrieval, `l` local query head whose KV head is full, `.` local."""
+        lines = []
+        for layer, heads in enumerate(self.retrieval):
+            if heads is None:
+                lines.append(f"{layer:3d}  (left as it is)")
+                continue
+            full = self.full_kv_heads(layer)
+            cells = ["R" if h in heads else "l" if h // self.group_size in full else "." for h in range(self.query_heads)]
+            groups = ["".join(cells[g * self.group_size : (g + 1) * self.group_size]) for g in range(self.kv_heads)]
+            lines.append(f"{layer:3d}  {' '.join(groups)}")
+        lines.append(f"retrieval heads {self.ratio:.1%}, KV heads kept in full {self.full_kv_ratio:.1%}")
+        return "\n".join(lines)

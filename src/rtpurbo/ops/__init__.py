@@ -1,0 +1,17 @@
+"""Attention operations. `reference` says what they mean; `prefill` and `decode` compute it in bounded memory."""
+
+from .decode import decode_retrieval, decode_window
+from .prefill import retrieval_attention, window_attention
+from .reference import sink_slots, sparse_attention
+from .select import index_scores, top_p_threshold
+
+__all__ = [
+    "decode_retrieval",
+    "decode_window",
+    "index_scores",
+    "retrieval_attention",
+    "sink_slots",
+    "sparse_attention",
+    "top_p_threshold",
+    "window_attention",
+]

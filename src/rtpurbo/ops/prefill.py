@@ -1,0 +1,165 @@
+"""Attention of many queries at once, in plain PyTorch, with gradients: no N x N tensor, work in bounded pieces.
+
+Shapes: B batch, H query heads (keys and values already one per query head), T queries, N or L key slots,
+D head dimension, U index units, S query heads per unit, d index dimension. q's slots are the last T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .reference import keep_mask, near_slots, visible_slots
+
+
+def workspace_elements(device: torch.device) -> int:
+    """Mask and score elements that one piece of work may hold."""
+    return 1 << 26 if device.type == "cuda" else 1 << 22
+
+
+def _piece(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Run one piece; under autograd keep its inputs only and compute it again in the backward pass."""
+    if torch.is_grad_enabled() and any(a.requires_grad for a in args):
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def retrieval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
+    *,
+    heads_per_unit: int,
+    sinks: Tensor,
+    window_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Token-exact attention of retrieval heads: selected tokens, window and sinks (paper, section 3.2).
+
+    Args:
+        q: [B, U*S, T, D]; k, v: [B, U*S, N, D].
+        index_q: [B, U, T, d]; index_k: [B, U, N, d]; None for dense retrieval heads.
+        sinks: [B or 1, sink_tokens] slots, -1 for none.
+        real: [B, N] bool, False for padding; None when nothing is padded.
+
+    Returns:
+        [B, U*S, T, D]
+    """
+    batch, heads, queries, _ = q.shape
+    slots = k.shape[2]
+    k_slots = torch.arange(slots, device=q.device)
+    if (index_q is None or top_p >= 1.0) and real is None and queries == slots:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    rows = max(1, workspace_elements(q.device) // (batch * heads * slots))
+    out = []
+    for start in range(0, queries, rows):
+        stop = min(start + rows, queries)
+        end = slots - queries + stop  # no query of this piece sees further
+        q_slots = k_slots[slots - queries + start : end]
+
+        def attend(q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, start=start, stop=stop, end=end, q_slots=q_slots):
+            visible = visible_slots(q_slots, k_slots[:end], None if real is None else real[:, :end])
+            keep = keep_mask(
+                None if index_q is None else index_q[:, :, start:stop],
+                None if index_k is None else index_k[:, :, :end],
+                visible=visible,
+                near=near_slots(q_slots, k_slots[:end], sinks, window_tokens),
+                top_p=top_p,
+            )
+            if keep.shape[1] > 1 and heads_per_unit > 1:
+                keep = keep.repeat_interleave(heads_per_unit, 1)
+            return F.scaled_dot_product_attention(q_piece, k_seen, v_seen, attn_mask=keep, scale=scaling)
+
+        out.append(_piece(attend, q[:, :, start:stop], k[:, :, :end], v[:, :, :end]))
+    return torch.cat(out, 2)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    *,
+    first_slot: int,
+    sinks: Tensor,
+    window_tokens: int,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Attention of local heads: window and sinks, as a batch of overlapping bands.
+
+    Args:
+        q: [B, H, T, D]; k, v: [B, H, L, D], the slots `first_slot` to `first_slot + L`, the last T being q's own.
+            Everything in a query's window must be among them.
+        sink_k, sink_v: [B, H, sink_tokens, D], keys and values of `sinks` [B or 1, sink_tokens] (-1 for none).
+        real: [B, first_slot + L] bool, False for padding; None when nothing is padded.
+
+    Returns:
+        [B, H, T, D]
+    """
+    batch, heads, queries, dim = q.shape
+    last = first_slot + k.shape[2]
+    rows = min(queries, max(64, window_tokens // 2))  # queries per band
+    width = window_tokens - 1 + rows  # slots per band
+    bands = -(-queries // rows)
+    # keys padded so that band i holds exactly the slots [begin + i * rows, begin + i * rows + width)
+    begin = last - queries - (window_tokens - 1)
+    pad = (0, 0, first_slot - begin, begin + (bands - 1) * rows + width - last)
+    k, v = F.pad(k, pad), F.pad(v, pad)
+    q = F.pad(q, (0, 0, 0, bands * rows - queries))
+    per_band = batch * heads * rows * (width + sinks.shape[1])
+    group = max(1, workspace_elements(q.device) // per_band)
+    out = []
+    for first in range(0, bands, group):
+        count = min(group, bands - first)
+        here = slice(first * rows, (first + count - 1) * rows + width)
+
+        def attend(q_piece: Tensor, k_piece: Tensor, v_piece: Tensor, sk: Tensor, sv: Tensor, first=first, count=count):
+            mask = _band_mask(begin + first * rows, count, rows, width, last, sinks, window_tokens, real)
+            bands_q = q_piece.unflatten(2, (count, rows)).transpose(1, 2).flatten(0, 1)
+            bands_k, bands_v = (
+                torch.cat(
+                    [
+                        s[:, None].expand(-1, count, -1, -1, -1),
+                        x.unfold(2, width, rows).permute(0, 2, 1, 4, 3),
+                    ],
+                    3,
+                ).flatten(0, 1)
+                for s, x in ((sk, k_piece), (sv, v_piece))
+            )
+            mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+            result = F.scaled_dot_product_attention(bands_q, bands_k, bands_v, attn_mask=mask, scale=scaling)
+            return result.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+
+        q_piece = q[:, :, first * rows : (first + count) * rows]
+        out.append(_piece(attend, q_piece, k[:, :, here], v[:, :, here], sink_k, sink_v))
+    return torch.cat(out, 2)[:, :, :queries]
+
+
+def _band_mask(
+    begin: int, count: int, rows: int, width: int, last: int, sinks: Tensor, window_tokens: int, real: Tensor | None
+) -> Tensor:
+    """[B or 1, count, rows, sink_tokens + width] bool: who sees what inside each band, `begin` its first key slot."""
+    device = sinks.device
+    band = begin + rows * torch.arange(count, device=device)[:, None]
+    k_slots = band + torch.arange(width, device=device)  # [count, width]
+    q_slots = (band + window_tokens - 1 + torch.arange(rows, device=device))[:, :, None]  # [count, rows, 1]
+    age = q_slots - k_slots[:, None]
+    window = ((age >= 0) & (age < window_tokens) & (k_slots[:, None] >= 0))[None]
+    if real is not None:
+        inside = (k_slots >= 0) & (k_slots < last)
+        real_here = real[:, k_slots.clamp(0, last - 1)] & inside  # [B, count, width]
+        window = window & (real_here[:, :, None] | (age == 0))
+    old = (sinks >= 0)[:, None, None] & (q_slots[None] - sinks[:, None, None] >= window_tokens)
+    parts = [old, window]
+    rows_in_batch = max(p.shape[0] for p in parts)
+    return torch.cat([p.expand(rows_in_batch, -1, -1, -1) for p in parts], -1)

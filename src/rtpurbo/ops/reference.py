@@ -1,0 +1,97 @@
+"""What sparse attention means, written with full N x N masks: the readable truth that every other op is tested against.
+
+Shapes: B batch, Hq query heads, Hkv KV heads, T queries (the last T of N slots), N key slots, D head dimension,
+U index units, S query heads per unit, d index dimension. A *slot* is a place in the cache, padding included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .select import index_scores, top_p_threshold
+
+
+def sink_slots(real: Tensor | None, sink_tokens: int, *, device: torch.device | None = None) -> Tensor:
+    """Slots of the first `sink_tokens` real tokens of every row, -1 where a row has fewer: [B or 1, sink_tokens].
+
+    Args:
+        real: [B, N] bool, False for padding; None when nothing is padded.
+    """
+    if real is None:
+        return torch.arange(sink_tokens, device=device)[None]
+    order = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    first = torch.where(real, order, real.shape[1]).sort(-1).values[:, :sink_tokens]
+    first = torch.nn.functional.pad(first, (0, sink_tokens - first.shape[1]), value=real.shape[1])
+    return torch.where(first < real.shape[1], first, -1)
+
+
+def visible_slots(q_slots: Tensor, k_slots: Tensor, real: Tensor | None) -> Tensor:
+    """[B or 1, 1, T, N] bool: causal and not padding; every query sees itself, so that no row is empty."""
+    seen = k_slots <= q_slots[:, None]
+    if real is None:
+        return seen[None, None]
+    return (seen & (real[:, None] | (k_slots == q_slots[:, None])))[:, None]
+
+
+def near_slots(q_slots: Tensor, k_slots: Tensor, sinks: Tensor, window_tokens: int) -> Tensor:
+    """[B or 1, 1, T, N] bool: inside the query's window, or a sink."""
+    window = q_slots[:, None] - k_slots < window_tokens
+    is_sink = (sinks[:, :, None] == k_slots).any(1)  # [B or 1, N]
+    return (window[None] | is_sink[:, None])[:, None]
+
+
+def keep_mask(
+    index_q: Tensor | None,
+    index_k: Tensor | None,
+    *,
+    visible: Tensor,
+    near: Tensor,
+    top_p: float,
+) -> Tensor:
+    """What retrieval queries attend to: visible tokens that are near or selected.
+
+    Args:
+        index_q, index_k: [B, U, T, d] and [B, U, N, d]; None selects everything (a head map without an indexer).
+        visible, near: [B or 1, 1, T, N] bool.
+
+    Returns:
+        [B, U, T, N] bool, or `visible` itself without an index.
+    """
+    if index_q is None or index_k is None or top_p >= 1.0:
+        return visible
+    with torch.no_grad():
+        scores = index_scores(index_q, index_k).masked_fill(~visible, -torch.inf)
+        return ((scores >= top_p_threshold(scores, top_p)) | near) & visible
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
+    *,
+    retrieval_heads: tuple[int, ...],
+    heads_per_unit: int,
+    window_tokens: int,
+    sink_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Sparse attention of one layer, all heads: q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D] (paper, section 3)."""
+    query_heads, kv_heads, queries, slots = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    k_slots = torch.arange(slots, device=q.device)
+    q_slots = k_slots[slots - queries :]
+    visible = visible_slots(q_slots, k_slots, real)
+    near = near_slots(q_slots, k_slots, sink_slots(real, sink_tokens, device=q.device), window_tokens)
+    allowed = (visible & near).expand(q.shape[0], query_heads, -1, -1).clone()
+    if retrieval_heads:
+        keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p)
+        units = keep.expand(q.shape[0], len(retrieval_heads) // heads_per_unit, -1, -1)
+        allowed[:, list(retrieval_heads)] = units.repeat_interleave(heads_per_unit, 1)
+    k, v = (x.repeat_interleave(query_heads // kv_heads, 1) for x in (k, v))
+    logits = (q.float() @ k.float().transpose(-1, -2)) * scaling
+    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ v.float()).to(q.dtype)
