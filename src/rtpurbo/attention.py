@@ -113,7 +113,8 @@ def sparse_forward(
         raise ValueError("A sparse model takes a 2D attention mask [batch, tokens]; custom 4D masks are not supported.")
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q_pre, k_pre, v = (
-        p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)  # type: ignore[operator]
+        p(hidden_states).view(shape).transpose(1, 2)
+        for p in (self.q_proj, self.k_proj, self.v_proj)  # type: ignore[operator]
     )
     if state.qk_norm:
         q_pre, k_pre = self.q_norm(q_pre), self.k_norm(k_pre)  # type: ignore[operator]

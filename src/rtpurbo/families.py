@@ -44,9 +44,7 @@ def check_supported(model_type: str) -> None:
     """Raise ValueError, with the reason and the supported names, for an architecture outside the table."""
     if model_type not in FAMILIES:
         why = _WHY_NOT.get(model_type, "its attention is not in the table of known families")
-        raise ValueError(
-            f"Architecture {model_type!r} is not supported: {why}. Supported: {', '.join(sorted(FAMILIES))}."
-        )
+        raise ValueError(f"Architecture {model_type!r} is not supported: {why}. Supported: {', '.join(sorted(FAMILIES))}.")
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -96,8 +96,7 @@ def load_model(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"Model {name!r} could not be found or read; expected a hub name, a local directory or a GGUF file "
-            f"({reason})."
+            f"Model {name!r} could not be found or read; expected a hub name, a local directory or a GGUF file ({reason})."
         ) from error
     check_supported(config.get_text_config(decoder=True).model_type)
     load_options: dict[str, Any] = dict(options)
