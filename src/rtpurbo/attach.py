@@ -99,6 +99,25 @@ def attached(model: PreTrainedModel, heads: HeadMap, config: SparseConfig, index
 
 
 @contextmanager
+def paused(model: PreTrainedModel) -> Iterator[None]:
+    """Run an attached model dense inside the `with` block."""
+    modules = [m for m in model.modules() if "rtpurbo" in m.__dict__]
+    text_config = model.config.get_text_config(decoder=True)
+    for module in modules:
+        forward, implementation = module.__dict__["rtpurbo_before"]
+        del module.__dict__["forward"]
+        if forward is not None:
+            module.forward = forward
+        text_config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.forward = types.MethodType(sparse_forward, module)
+        text_config._attn_implementation = IMPLEMENTATION
+
+
+@contextmanager
 def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     """Show `recorder` the queries and keys of every converted layer; a model that is not sparse runs dense meanwhile."""
     borrowed = not is_attached(model)

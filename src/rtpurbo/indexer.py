@@ -39,11 +39,13 @@ class LayerIndexer(nn.Module):
 
     def project_queries(self, q_pre: Tensor) -> Tensor:
         """Index queries [B, U, T, d] from pre-RoPE queries [B, Hq, T, D]."""
-        return torch.einsum("buti,udi->butd", self.unit_queries(q_pre).to(self.query.dtype), self.query)
+        with torch.autocast(q_pre.device.type, enabled=False):  # scores decide what is kept: always in full precision
+            return torch.einsum("buti,udi->butd", self.unit_queries(q_pre).to(self.query.dtype), self.query)
 
     def project_keys(self, k_pre: Tensor) -> Tensor:
         """Index keys [B, U, T, d] from pre-RoPE keys [B, Hkv, T, D]."""
-        return torch.einsum("buti,udi->butd", k_pre[:, self.kv_heads].to(self.key.dtype), self.key)
+        with torch.autocast(k_pre.device.type, enabled=False):
+            return torch.einsum("buti,udi->butd", k_pre[:, self.kv_heads].to(self.key.dtype), self.key)
 
 
 def make_indexer(heads: HeadMap, *, head_dim: int, index_dim: int) -> nn.ModuleDict:

@@ -47,4 +47,5 @@ def top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
 
 def index_scores(index_q: Tensor, index_k: Tensor) -> Tensor:
     """[..., T, d] x [..., N, d] -> [..., T, N] scores in nats, accumulated in float32."""
-    return index_q.float() @ index_k.float().transpose(-1, -2)
+    with torch.autocast(index_q.device.type, enabled=False):
+        return index_q.float() @ index_k.float().transpose(-1, -2)

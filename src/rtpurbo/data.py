@@ -1,0 +1,278 @@
+"""Seeded documents: text from files, datasets or installed packages, and synthetic retrieval questions.
+
+A *source* is one of
+- a text, Markdown, JSON lines (`.jsonl`, `.jsonl.gz`, field `text`) or Parquet file, or a directory of text files;
+- a dataset on the hub (`owner/name`, optionally `owner/name:config`), field `text`, split `train`;
+- `installed-python`: the source of installed Python packages, joined by directory, a tenth of the packages held out;
+  `installed-python:heldout`: that tenth; `package:NAME`: one installed package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+_MAX_PACKAGE_BYTES = 1 << 20  # of one directory's source; longer ones are cut into several texts
+
+
+def read_source(source: str) -> list[str]:
+    """All texts of a source, in a fixed order; ValueError when there is nothing to read."""
+    if source.startswith("package:"):
+        texts = _package_texts(source.removeprefix("package:"))
+    elif source in ("installed-python", "installed-python:heldout"):
+        texts = _installed_texts(heldout=source.endswith(":heldout"))
+    else:
+        texts = _file_or_dataset_texts(source)
+    texts = [t for t in texts if t.strip()]
+    if not texts:
+        raise ValueError(f"Source {source!r} holds no text; expected a file, directory or dataset with a field 'text'.")
+    return texts
+
+
+def _file_or_dataset_texts(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+        return [p.read_text(errors="ignore") for p in files]
+    if path.is_file() and path.suffix in _TEXT_SUFFIXES:
+        return [path.read_text(errors="ignore")]
+    import datasets
+
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    try:
+        if path.is_file() and name.endswith((".jsonl", ".json")):
+            rows = datasets.load_dataset("json", data_files=str(path), split="train")
+        elif path.is_file() and name.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif path.exists() or source.startswith((".", "/")) or source.count("/") != 1:
+            raise ValueError(
+                f"Source {source!r} does not exist or has an unknown type; expected .txt, .md, .jsonl(.gz), .parquet, "
+                "a directory, owner/dataset, installed-python or package:NAME."
+            )
+        else:
+            repository, _, config = source.partition(":")
+            rows = datasets.load_dataset(repository, config or None, split="train")
+    except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"Source {source!r} could not be read: {reason}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"Source {source!r} has no field 'text'; its fields: {', '.join(rows.column_names)}.")
+    return list(rows["text"])
+
+
+def _directory_texts(root: Path) -> Iterator[str]:
+    """The .py files of every directory below `root`, joined."""
+    for folder in sorted({p.parent for p in root.rglob("*.py")}):
+        text = ""
+        for file in sorted(folder.glob("*.py")):
+            text += f"# {file.relative_to(root.parent)}\n{file.read_text(errors='ignore')}\n"
+            if len(text) > _MAX_PACKAGE_BYTES:
+                yield text
+                text = ""
+        if text:
+            yield text
+
+
+def _package_texts(name: str) -> list[str]:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"Package {name!r} is not installed; install it or name another source.")
+    return list(_directory_texts(Path(spec.origin).parent))
+
+
+def _installed_texts(*, heldout: bool) -> list[str]:
+    site = Path(sysconfig.get_paths()["purelib"])
+    names = sorted(p.name for p in site.iterdir() if (p / "__init__.py").is_file())
+    chosen = [n for n in names if (zlib.crc32(n.encode()) % 10 == 0) == heldout]
+    return [text for name in chosen for text in _directory_texts(site / name)]
+
+
+def documents(
+    sources: list[str] | tuple[str, ...], tokenizer: Any, *, length_tokens: int, count: int, seed: int
+) -> list[Tensor]:
+    """`count` documents of exactly `length_tokens` tokens, [length] int64, in equal parts from every source.
+
+    Long texts give random spans, short ones are joined. The same arguments always give the same documents.
+
+    Raises:
+        ValueError: the sources hold too little text.
+    """
+    prefix = tokenizer("").input_ids
+    shares = [count // len(sources) + (i < count % len(sources)) for i in range(len(sources))]
+    parts = [
+        _source_documents(source, tokenizer, prefix, length_tokens, share, seed)
+        for source, share in zip(sources, shares, strict=True)
+        if share
+    ]
+    mixed = [part[i] for i in range(max(shares)) for part in parts if i < len(part)]
+    return mixed
+
+
+def _source_documents(source: str, tokenizer: Any, prefix: list[int], length: int, count: int, seed: int) -> list[Tensor]:
+    rng = random.Random(f"{seed}:{source}")
+    texts = read_source(source)
+    body = length - len(prefix)
+    found: list[Tensor] = []
+    joined: list[int] = []
+    for _ in range(4):  # passes over the texts: a long text gives another span each time
+        rng.shuffle(texts)
+        for text in texts:
+            span = body * 10  # characters; more than any tokeniser needs for prose and code
+            start = rng.randrange(max(1, len(text) - span + 1))
+            ids = tokenizer(text[start : start + span], add_special_tokens=False, verbose=False).input_ids
+            if len(ids) < body:
+                joined += ids
+                if len(joined) < body:
+                    continue
+                ids, joined = joined, []
+            found.append(torch.tensor(prefix + ids[:body]))
+            if len(found) == count:
+                return found
+    raise ValueError(
+        f"Source {source!r} holds too little text: expected {count} documents of {length} tokens, got {len(found)}. "
+        "Add sources or ask for shorter or fewer documents."
+    )
+
+
+# Synthetic retrieval questions
+
+_ADJECTIVES = (
+    "amber ancient bitter brave bright broken calm clever cold copper crimson curious distant dusty eager early faint "
+    "famous fierce gentle golden grand hidden hollow humble icy ivory jolly keen lively lonely lucky mellow misty noble "
+    "narrow odd pale patient polished proud quiet rapid rusty scarlet secret silent silver simple slender steady stormy "
+    "sturdy sudden sunny tall tidy velvet wild wooden young"
+).split()
+_NOUNS = (
+    "anchor apple arrow badge banner barrel basket beacon bell bottle bridge bucket button cabin candle canyon castle "
+    "cellar chapel circle clock cloud compass cottage crown curtain desert dragon eagle engine falcon feather ferry field "
+    "forest fountain garden gate glacier hammer harbor island jacket kettle kitchen ladder lantern lemon library meadow "
+    "mirror mountain needle ocean orchard palace pencil pillow planet pocket rabbit ribbon river saddle shadow ship "
+    "station statue summer temple ticket tower tunnel valley village violin wagon window winter"
+).split()
+
+
+@dataclass(frozen=True)
+class Template:
+    """Wording of a retrieval question."""
+
+    needle: str
+    one: str
+    several: str
+    joiner: str = ", "
+
+
+EVALUATION_TEMPLATE = Template(
+    needle="One of the special magic numbers for {key} is: {value}.",
+    one="What is the special magic number for {key} mentioned in the text above?\n"
+    "The special magic number for {key} mentioned in the text above is",
+    several="What are all the special magic numbers for {key} mentioned in the text above?\n"
+    "The special magic numbers for {key} mentioned in the text above are, in this order:",
+)
+TRAINING_TEMPLATES = (
+    Template(
+        needle="The access code of the {key} is {value}.",
+        one="Question: What is the access code of the {key}?\nAnswer: The access code of the {key} is",
+        several="Question: What are the access codes of the {key}?\nAnswer: The access codes of the {key} are, in order,",
+    ),
+    Template(
+        needle="Note: room {value} was booked for {key}.",
+        one="Which room was booked for {key}? For {key} they booked room",
+        several="Which rooms were booked for {key}? For {key} they booked these rooms:",
+    ),
+    Template(
+        needle="In the register, {key} has entry number {value}.",
+        one="According to the register, the entry number of {key} is",
+        several="According to the register, the entry numbers of {key} are",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RetrievalSample:
+    """A document with hidden facts, a question about them, and its answer."""
+
+    tokens: Tensor
+    """[length] int64: document, question and answer"""
+    answers: tuple[tuple[int, int], ...]
+    """Per value asked for, the span (start, stop) of its tokens in `tokens`."""
+    depth: float
+    """Where the (first) fact asked for lies, 0 start to 1 end."""
+    kind: str
+
+    @property
+    def prompt(self) -> Tensor:
+        """Tokens before the answer."""
+        return self.tokens[: self.answers[0][0]]
+
+    @property
+    def label_positions(self) -> list[int]:
+        """Positions whose next token is part of an answer."""
+        return [t - 1 for start, stop in self.answers for t in range(start, stop)]
+
+
+def retrieval_sample(
+    haystack: Tensor, tokenizer: Any, *, kind: str, depth: float, seed: str, template: Template = EVALUATION_TEMPLATE
+) -> RetrievalSample:
+    """Hide facts in a document; the result has exactly the haystack's length.
+
+    Args:
+        haystack: [length] int64, ordinary text; its end makes room for facts, question and answer.
+        kind: "single" (one fact), "multi_key" (four keys, one asked for), "multi_value" (one key, two values, both
+            asked for) or "multi_query" (four keys, two asked for).
+        depth: where the first fact asked for goes, in [0, 1].
+    """
+    rng = random.Random(seed)
+    keys = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], 4)
+    values = [str(rng.randrange(10**6, 10**7)) for _ in range(4)]
+    facts = {
+        "single": [(keys[0], values[0])],
+        "multi_key": list(zip(keys, values, strict=True)),
+        "multi_value": [(keys[0], values[0]), (keys[0], values[1])],
+        "multi_query": list(zip(keys, values, strict=True)),
+    }[kind]
+    asked = facts[:2] if kind in ("multi_value", "multi_query") else facts[:1]
+    if kind == "multi_query":
+        question = template.several.format(key=f"{asked[0][0]} and {asked[1][0]}")
+    else:
+        question = (template.several if kind == "multi_value" else template.one).format(key=asked[0][0])
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    answer: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for i, (_, value) in enumerate(asked):
+        if i:
+            answer += encode(template.joiner.rstrip())
+        ids = encode(" " + value)
+        spans.append((len(answer), len(answer) + len(ids)))
+        answer += ids
+    tail = encode("\n\n" + question)
+    needles = [encode("\n" + template.needle.format(key=k, value=v) + "\n") for k, v in facts]
+    room = len(haystack) - len(tail) - len(answer) - sum(map(len, needles))
+    if room < 16:
+        raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
+    depths = [depth] + [rng.random() for _ in needles[1:]]
+    if kind == "multi_value":
+        depths.sort()
+    text = haystack[:room].tolist()
+    for place, needle in sorted(zip(depths, needles, strict=True), key=lambda item: -item[0]):
+        at = max(1, round(place * room))
+        text[at:at] = needle
+    begin = len(text) + len(tail)
+    return RetrievalSample(
+        tokens=torch.tensor(text + tail + answer),
+        answers=tuple((begin + a, begin + b) for a, b in spans),
+        depth=depths[0],
+        kind=kind,
+    )

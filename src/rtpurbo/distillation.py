@@ -1,0 +1,210 @@
+"""Stage 2: self-distillation (paper, section 3.3): distill(model, tokenizer, artifact, ...) -> Artifact.
+
+1. Documents as long as the context, a share of them with synthetic retrieval questions near their end.
+2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
+3. Labels: the last positions of the document and every synthetic answer. Loss: KL between teacher and student over the
+   teacher's top-10 tokens, the rest of the vocabulary being one more class, so that no mass leaks out of the ten.
+4. No gradient flows through the selection; the index stays as stage 1 left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attach import attach, detach, paused
+from .checkpoint import Artifact, check_fingerprint
+from .config import DistillConfig
+from .data import TRAINING_TEMPLATES, documents, retrieval_sample
+from .families import context_tokens
+from .training import train, trainable_state
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
+    """KL(teacher || student) in nats over the teacher's `top` tokens and one class for the rest.
+
+    Args:
+        student, teacher: [labels, vocabulary] logits.
+
+    Returns:
+        [labels] float32
+    """
+    log_teacher, places = teacher.float().log_softmax(-1).topk(min(top, teacher.shape[-1] - 1), -1)
+    log_student = student.float().log_softmax(-1).gather(-1, places)
+    kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    rest_teacher, rest_student = (_log_rest(x) for x in (log_teacher, log_student))
+    return kl + rest_teacher.exp() * (rest_teacher - rest_student)
+
+
+def _log_rest(log_top: Tensor) -> Tensor:
+    """log(1 - sum(exp(log_top))), safe where the top classes hold nearly everything."""
+    return torch.log1p(-log_top.exp().sum(-1).clamp(max=1 - 1e-6))
+
+
+def training_example(
+    document: Tensor, tokenizer: Any, config: DistillConfig, turn: int, window_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [length] of one turn, and the positions [labels] whose next token is a label."""
+    rng = random.Random(f"{config.seed}:example:{turn}")
+    tokens, answers = document, []
+    if rng.random() < config.retrieval_ratio:
+        sample = retrieval_sample(
+            document,
+            tokenizer,
+            kind=rng.choice(("single", "single", "multi_key", "multi_value", "multi_query")),
+            depth=rng.random(),
+            seed=f"{config.seed}:{turn}",
+            template=rng.choice(TRAINING_TEMPLATES),
+        )
+        tokens, answers = sample.tokens, sample.label_positions
+    first = min(window_tokens, len(tokens) // 2)  # nothing is sparse before the window is full
+    body = rng.sample(range(first, len(tokens) - 1), min(config.labels, len(tokens) - 1 - first))
+    return tokens, torch.tensor(sorted(set(body) | set(answers)))
+
+
+def distill(
+    model: Any,
+    tokenizer: Any,
+    artifact: Artifact,
+    sources: list[str] | tuple[str, ...],
+    config: DistillConfig | None = None,
+    *,
+    work: Path | None = None,
+    accelerator: Any = None,
+) -> Artifact:
+    """Train the sparse model to match its dense self.
+
+    Args:
+        model: the artefact's base model, dense; given back unchanged.
+        work: directory for states, metrics and the distilled weights; default: a temporary one for the weights only.
+        accelerator: an accelerate.Accelerator (FSDP for several GPUs); default: one made here.
+
+    Returns:
+        The artefact with distilled weights and this stage's metrics.
+
+    Raises:
+        ValueError: an artefact without indexer or for other weights, documents not longer than the window or beyond the
+            context, too little text, or a loss that became NaN.
+    """
+    from accelerate import Accelerator
+
+    from .calibration import check_lengths
+
+    config = config or DistillConfig()
+    accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+    if artifact.indexer is None:
+        raise ValueError("This artefact has no indexer yet; run stage 1 (`rtpurbo train-indexer`) before distillation.")
+    check_fingerprint(model, artifact)
+    context = context_tokens(model)
+    length = config.length_tokens or min(context, 32768)
+    check_lengths((length,), context, artifact.config)
+    total = config.steps * config.batch_size * accelerator.num_processes
+    texts = documents(sources, tokenizer, length_tokens=length, count=max(1, min(total, 512)), seed=config.seed + 1)
+    trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+    torch.manual_seed(config.seed)
+    student = _student(model, config)
+    with torch.no_grad():
+        attach(student, artifact.heads, artifact.config, artifact.indexer)
+    try:
+        if config.gradient_checkpointing:
+            _checkpoint_activations(student, True)
+        prepared = accelerator.prepare(student) if accelerator.num_processes > 1 else student
+        device = model.device
+        world, rank = accelerator.num_processes, accelerator.process_index
+
+        def step(number: int) -> dict[str, float]:
+            total_loss, agree = torch.zeros((), device=device), torch.zeros((), device=device)
+            for i in range(config.batch_size):
+                turn = (number * world + rank) * config.batch_size + i
+                tokens, labels = training_example(
+                    texts[turn % len(texts)], tokenizer, config, turn, artifact.config.window_tokens
+                )
+                tokens, labels = tokens[None].to(device), labels.to(device)
+                want = _teach(model, student, prepared, config, tokens, labels)
+                prepared.train()
+                with _autocast(device):
+                    got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
+                loss = top_kl(got, want, config.top_logits).mean() / config.batch_size
+                accelerator.backward(loss)
+                total_loss += loss.detach()
+                agree += (got.argmax(-1) == want.argmax(-1)).float().mean() / config.batch_size
+            if world > 1:
+                total_loss, agree = (accelerator.reduce(x, reduction="mean") for x in (total_loss, agree))
+            return {"loss": float(total_loss), "top1_agreement": float(agree)}
+
+        history = train(prepared, step, config, what="Stage 2: distilling", accelerator=accelerator, work=work)
+        weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+    finally:
+        detach(student)
+        if config.gradient_checkpointing:
+            _checkpoint_activations(student, False)
+        if config.weights == "lora":
+            student.unload()
+            model.__dict__.pop("peft_config", None)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable_before[name])
+        model.eval()
+    metrics: dict[str, Any] = {}
+    if history:
+        tail = history[-max(1, len(history) // 10) :]
+        metrics = {
+            "loss_first": history[0]["loss"],
+            "loss_last": sum(r["loss"] for r in tail) / len(tail),
+            "top1_agreement_first": history[0]["top1_agreement"],
+            "top1_agreement_last": sum(r["top1_agreement"] for r in tail) / len(tail),
+        }
+    return artifact.with_stage("distill", config, metrics, weights_kind=config.weights, weights_path=weights)
+
+
+def _autocast(device: torch.device):
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _student(model: Any, config: DistillConfig) -> Any:
+    """The model to train: a LoRA adapter around `model`, or a float32 copy of it."""
+    if config.weights == "full":
+        return copy.deepcopy(model).float().requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    rank = config.lora_rank
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def _checkpoint_activations(model: Any, on: bool) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"  # renamed in Transformers 5.2x
+    getattr(base, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
+
+
+@torch.no_grad()
+def _teach(model: Any, student: Any, prepared: Any, config: DistillConfig, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Dense logits [labels, vocabulary]; with LoRA from the student's own weights, adapter off and attention dense."""
+    if config.weights == "full":
+        return model(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
+    prepared.eval()
+    with student.disable_adapter(), paused(student), _autocast(tokens.device):
+        return prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
+
+
+def _write_weights(student: Any, prepared: Any, tokenizer: Any, config: DistillConfig, work: Path | None, main: bool) -> Path:
+    """Save the trained weights as bfloat16 safetensors; the directory that holds them."""
+    state = {name: t.to(torch.bfloat16) for name, t in trainable_state(prepared).items()}
+    target = Path(tempfile.mkdtemp(prefix="rtpurbo-")) if work is None else work / config.weights
+    if not main:
+        return target
+    student.save_pretrained(target, state_dict=state)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's card template; the artefact has its own
+    if config.weights == "full":
+        tokenizer.save_pretrained(target)
+    return target

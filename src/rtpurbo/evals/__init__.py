@@ -1,0 +1,5 @@
+"""Evaluation, dense and sparse on the same samples."""
+
+from .compare import evaluate
+
+__all__ = ["evaluate"]

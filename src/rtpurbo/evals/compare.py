@@ -1,0 +1,153 @@
+"""evaluate(artifact, ...) -> dict: everything `rtpurbo eval` measures, dense and sparse on the same samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..attach import attached, paused
+from ..checkpoint import Artifact, check_fingerprint
+from ..config import EvalConfig
+from ..data import documents
+from ..families import context_tokens
+from ..indexer_training import measure
+from ..progress import track
+from .fidelity import compare_documents
+from .needle import DEPTHS, grade, needle_samples
+from .speed import measure_decode
+from .statistics import paired
+
+
+@contextmanager
+def both(model: Any, artifact: Artifact) -> Iterator[Any]:
+    """`switch(name)`: a context manager that gives the "dense" or the "sparse" model, sharing weights where possible."""
+    sparse, lora = model, artifact.weights_kind == "lora"
+    if artifact.weights_kind == "full":
+        from ..models import load_model
+
+        dtype = str(model.dtype).removeprefix("torch.")
+        sparse, _ = load_model(str(artifact.weights_path), dtype=dtype, device=str(model.device))
+    elif lora:
+        from peft import PeftModel
+
+        sparse = PeftModel.from_pretrained(model, str(artifact.weights_path)).eval()
+
+    @contextmanager
+    def switch(name: str) -> Iterator[Any]:
+        if name == "sparse":
+            yield sparse
+        elif artifact.weights_kind == "full":
+            yield model
+        elif lora:
+            with sparse.disable_adapter(), paused(sparse):
+                yield sparse
+        else:
+            with paused(model):
+                yield model
+
+    try:
+        with attached(sparse, artifact.heads, artifact.config, artifact.indexer):
+            yield switch
+    finally:
+        if lora:
+            sparse.unload()
+            model.__dict__.pop("peft_config", None)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    artifact: Artifact,
+    sources: list[str] | tuple[str, ...],
+    config: EvalConfig | None = None,
+) -> dict[str, Any]:
+    """Compare a dense model with its sparse version.
+
+    Args:
+        model: the artefact's base model, dense; given back unchanged.
+        sources: held-out text for haystacks and loss, see `rtpurbo.data`.
+
+    Returns:
+        "needle": per kind and length the paired result and the grid over depths; "loss": held-out loss, logit KL and
+        top-1 agreement, by source and position; "index": attention mass kept and tokens selected; "speed": prefill,
+        decode and cache bytes; "tasks": results of lm-evaluation-harness; "settings".
+
+    Raises:
+        ValueError: other weights than the artefact's, lengths beyond the context, too little text.
+    """
+    config = config or EvalConfig()
+    check_fingerprint(model, artifact)
+    context = context_tokens(model)
+    longest = max(config.lengths_tokens)
+    loss_length = config.loss_length_tokens or longest
+    for length in (*config.lengths_tokens, loss_length):
+        if length > context:
+            raise ValueError(f"A length of {length} tokens is beyond the model's context of {context}; ask for less.")
+    result: dict[str, Any] = {"settings": dataclasses.asdict(config), "sources": list(sources)}
+    with both(model, artifact) as switch:
+        result["needle"] = _needles(switch, tokenizer, sources, config)
+        if config.loss_documents:
+            result["loss"] = {}
+            for source in sources:
+                texts = documents(
+                    [source], tokenizer, length_tokens=loss_length, count=config.loss_documents, seed=config.seed
+                )
+                found = compare_documents(texts, switch)
+                result["loss"][source] = {**found, **paired(found.pop("loss_dense"), found.pop("loss_sparse"))}
+        texts = documents(
+            sources, tokenizer, length_tokens=longest, count=max(1, config.fidelity_documents), seed=config.seed + 7
+        )
+        if config.decode_tokens:
+            result["speed"] = {}
+            for name in ("dense", "sparse"):
+                with switch(name) as ready:
+                    result["speed"][name] = measure_decode(ready, texts[0], new_tokens=config.decode_tokens)
+        if config.fidelity_documents and artifact.indexer is not None:
+            with switch("sparse") as ready:
+                sparse = artifact.config
+                result["index"] = measure(
+                    ready, artifact.indexer, texts, artifact.heads, sparse.top_p, sparse.window_tokens, sparse.sink_tokens
+                )
+        if config.tasks:
+            from .harness import run_tasks
+
+            result["tasks"] = run_tasks(switch, tokenizer, config, context)
+    return result
+
+
+def _needles(switch: Any, tokenizer: Any, sources: Any, config: EvalConfig) -> list[dict[str, Any]]:
+    counts = config.samples if len(config.samples) > 1 else config.samples * len(config.lengths_tokens)
+    plan = []
+    for length, count in zip(config.lengths_tokens, counts, strict=True):
+        if count == 0:
+            continue
+        haystacks = documents(sources, tokenizer, length_tokens=length, count=count, seed=config.seed)
+        for kind in config.kinds:
+            samples = needle_samples(haystacks, tokenizer, kind=kind, count=count, seed=config.seed)
+            plan += [(kind, length, sample) for sample in samples]
+    scores: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for name in scores:
+        with switch(name) as ready, torch.no_grad():
+            scores[name] = [grade(ready, s) for _, _, s in track(plan, total=len(plan), what=f"Needle questions, {name}")]
+    cells: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for (kind, length, sample), dense, sparse in zip(plan, scores["dense"], scores["sparse"], strict=True):
+        cells.setdefault((kind, length), []).append((sample.depth, dense, sparse))
+    results = []
+    for (kind, length), rows in cells.items():
+        depths = {}
+        for i in range(DEPTHS):
+            depth = (i + 0.5) / DEPTHS
+            some = [(d, s) for at, d, s in rows if min(int(at * DEPTHS), DEPTHS - 1) == i]
+            if some:
+                depths[f"{depth:.1f}"] = {
+                    "samples": len(some),
+                    "dense": sum(d for d, _ in some) / len(some),
+                    "sparse": sum(s for _, s in some) / len(some),
+                }
+        pair = paired([d for _, d, _ in rows], [s for _, _, s in rows], seed=config.seed)
+        results.append({"kind": kind, "length_tokens": length, **pair, "depths": depths})
+    return results

@@ -1,0 +1,66 @@
+"""Load a converted model, and generate with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from .attach import attach
+from .checkpoint import Artifact, check_fingerprint
+from .models import load_model
+
+
+def load(
+    artifact: Artifact | str | os.PathLike[str],
+    *,
+    top_p: float | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A sparse Transformers model and its tokenizer, ready for `generate`.
+
+    Args:
+        artifact: an Artifact, a directory or a hub name.
+        top_p: overrides the artefact's p, in (0, 1].
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", ...
+        base_model: where the base model lies, when not where the artefact says.
+        trust_remote_code: run code that comes with the base model; off unless asked for.
+
+    Returns:
+        (model, tokenizer); a LoRA adapter is merged into the weights.
+
+    Raises:
+        ValueError: a damaged artefact, a base model that is missing, or one with other weights.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.load(artifact)
+    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p)
+    source = base_model or artifact.base_model["name"]
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if artifact.weights_kind == "full":
+        model, tokenizer = load_model(str(artifact.weights_path), **options)
+    else:
+        model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
+        check_fingerprint(model, artifact)
+    if artifact.weights_kind == "lora":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(artifact.weights_path)).merge_and_unload()
+    with torch.no_grad():
+        attach(model.eval(), artifact.heads, config, artifact.indexer)
+    return model, tokenizer
+
+
+def chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of one user message in the model's chat format, or of the bare text where it has none."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    return tokenizer(text).input_ids

@@ -1,0 +1,304 @@
+"""Stage 1: train the index (paper, section 3.2): train_indexer(model, tokenizer, artifact, ...) -> Artifact.
+
+1. Run the frozen dense model over a document; keep pre-RoPE and rotated queries and keys of the retrieval heads only
+   (queries at sampled positions). Captures stay in memory while they fit.
+2. Start from a closed form: the best rank-d approximation, in the whitened space of queries and keys, of the regression
+   from pre-RoPE queries and keys to the attention logits.
+3. Each step: one document per process, a fresh sample of its queries; KL from the head's full attention to the softmax
+   of the index scores, layer by layer; AdamW.
+4. Measure on documents of another seed: KL, attention mass recalled at p, tokens selected, per head and layer.
+
+Shapes: U index units of a layer, S query heads per unit, m sampled queries, N tokens, D head dimension, d index dimension.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import recording
+from .attention import Observed
+from .checkpoint import Artifact, check_fingerprint
+from .config import IndexerConfig
+from .data import documents
+from .families import context_tokens, head_counts
+from .heads import HeadMap
+from .indexer import LayerIndexer, indexer_from_state, make_indexer
+from .ops import index_scores, top_p_threshold
+from .progress import track
+from .training import train, trainable_state
+
+CAPTURED_PER_STEP = 4
+"""Query positions kept per document, in multiples of those that one step uses."""
+MEASURED_DOCUMENTS = 4
+
+
+@dataclass
+class Capture:
+    """One layer of one document."""
+
+    rows: Tensor
+    """[m] int64, positions of the kept queries"""
+    q_pre: Tensor
+    """[Hq, m, D] before RoPE"""
+    q: Tensor
+    """[U, S, m, D] after RoPE"""
+    k_pre: Tensor
+    """[Hkv, N, D] before RoPE"""
+    k: Tensor
+    """[U, N, D] after RoPE"""
+    scaling: float
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self.q_pre, self.q, self.k_pre, self.k))
+
+    def take(self, picks: Tensor) -> Capture:
+        """The same with some of the queries."""
+        return Capture(self.rows[picks], self.q_pre[:, picks], self.q[:, :, picks], self.k_pre, self.k, self.scaling)
+
+
+@torch.no_grad()
+def capture(model: Any, tokens: Tensor, rows: Tensor, heads: HeadMap) -> dict[int, Capture]:
+    """Queries and keys of every retrieval layer in one dense pass over `tokens` [length]."""
+    kept: dict[int, Capture] = {}
+
+    def observe(seen: Observed) -> None:
+        units = list(heads.units(seen.layer))
+        if not units:
+            return
+        at = rows.to(seen.q.device)
+        chosen = seen.q[0, list(heads.retrieval_heads(seen.layer))][:, at]
+        kept[seen.layer] = Capture(
+            at,
+            seen.q_pre[0][:, at].clone(),
+            chosen.unflatten(0, (len(units), heads.heads_per_unit)),
+            seen.k_pre[0].clone(),
+            seen.k[0, units],
+            seen.scaling,
+        )
+
+    with recording(model, observe):
+        model(tokens[None].to(model.device), logits_to_keep=1)
+    return kept
+
+
+def target_attention(c: Capture) -> Tensor:
+    """Full attention of every unit, the mean of its heads': [U, m, N] float32."""
+    logits = torch.einsum("usmd,und->usmn", c.q.float(), c.k.float()) * c.scaling
+    return _causal(logits, c.rows).softmax(-1).mean(1)
+
+
+def unit_scores(layer: LayerIndexer, c: Capture) -> Tensor:
+    """Index scores of every unit: [U, m, N] float32, -inf for later tokens."""
+    scores = index_scores(layer.project_queries(c.q_pre[None])[0], layer.project_keys(c.k_pre[None])[0])
+    return _causal(scores, c.rows)
+
+
+def _causal(scores: Tensor, rows: Tensor) -> Tensor:
+    slots = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(slots > rows[:, None], -torch.inf)
+
+
+def kl_divergence(target: Tensor, scores: Tensor) -> Tensor:
+    """KL(target || softmax(scores)) in nats per unit, mean over queries: [U, m, N] x [U, m, N] -> [U]."""
+    log_index = scores.log_softmax(-1)
+    some = target > 0
+    terms = torch.where(some, target * (target.clamp(min=1e-30).log() - log_index.masked_fill(~some, 0.0)), 0.0)
+    return terms.sum(-1).mean(-1)
+
+
+@torch.no_grad()
+def closed_form_start(indexer: nn.ModuleDict, captures: list[dict[int, Capture]]) -> None:
+    """Set every projection from captures of a few documents, in place.
+
+    With queries q, keys k centred per document and the logits l of the unit's attention centred per query, the bilinear
+    form that explains l best is Cq^-1 E[q l k'] Ck^-1; its best rank-d approximation under the covariances Cq and Ck
+    comes from the SVD of Cq^-1/2 E[q l k'] Ck^-1/2.
+    """
+    for name, layer in indexer.items():
+        assert isinstance(layer, LayerIndexer)
+        some = [c[int(name)] for c in captures]
+        for unit in range(layer.query.shape[0]):
+            query, key = (0.0, 0.0), (0.0, 0.0)  # running sums, as (matrix, count)
+            cross: Any = 0.0
+            for c in some:
+                attention = target_attention(c)[unit]
+                logits = attention.clamp(min=1e-8).log()
+                seen = torch.arange(attention.shape[-1], device=attention.device) <= c.rows[:, None]
+                seen_count = seen.sum(-1, keepdim=True)
+                logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
+                q = layer.unit_queries(c.q_pre[None])[0, unit].double()
+                k = c.k_pre[layer.kv_heads[unit]].double()
+                k = k - k.mean(0)
+                query = (query[0] + q.T @ q, query[1] + q.shape[0])
+                key = (key[0] + k.T @ k, key[1] + k.shape[0])
+                cross = cross + (q.T @ ((logits / seen_count).double() @ k)) / len(c.rows) / len(some)
+            root_q, root_k = (_inverse_root(m / n) for m, n in (query, key))
+            u, s, v = torch.linalg.svd(root_q @ cross @ root_k)
+            d = layer.query.shape[1]
+            scale = s[:d].sqrt()[:, None]
+            layer.query[unit] = (scale * (u[:, :d].T @ root_q)).to(layer.query.dtype)
+            layer.key[unit] = (scale * (v[:d] @ root_k)).to(layer.key.dtype)
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """Symmetric inverse square root, with a thousandth of the mean variance as ridge."""
+    dim = covariance.shape[0]
+    ridge = covariance.diagonal().mean() * 1e-3 * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
+    values, vectors = torch.linalg.eigh(covariance + ridge)
+    return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+
+
+def train_indexer(
+    model: Any,
+    tokenizer: Any,
+    artifact: Artifact,
+    sources: list[str] | tuple[str, ...],
+    config: IndexerConfig | None = None,
+    *,
+    work: Path | None = None,
+    accelerator: Any = None,
+) -> Artifact:
+    """Train the index projections of a calibrated artefact against the frozen dense model.
+
+    Args:
+        model: the artefact's base model, dense; it is not changed.
+        sources: where documents come from, see `rtpurbo.data`.
+        work: directory for states and metrics; a killed run goes on from there.
+        accelerator: an accelerate.Accelerator for several processes; default: one made here.
+
+    Returns:
+        The artefact with an indexer and this stage's metrics.
+
+    Raises:
+        ValueError: other weights than the artefact's, documents not longer than the window or beyond the context, too
+            little text, or a loss that became NaN.
+    """
+    from accelerate import Accelerator
+
+    from .calibration import check_lengths
+
+    config = config or IndexerConfig()
+    accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+    check_fingerprint(model, artifact)
+    context = context_tokens(model)
+    length = config.length_tokens or min(context, 32768)
+    check_lengths((length,), context, artifact.config)
+    heads, sparse = artifact.heads, artifact.config
+    _, _, _, head_dim = head_counts(model)
+    torch.manual_seed(config.seed)
+    indexer = make_indexer(heads, head_dim=head_dim, index_dim=sparse.index_dim).to(model.device)
+    texts = documents(
+        sources, tokenizer, length_tokens=length, count=config.documents + MEASURED_DOCUMENTS, seed=config.seed
+    )
+    texts, measured = texts[:-MEASURED_DOCUMENTS], texts[-MEASURED_DOCUMENTS:]
+    kept = min(length, config.queries * CAPTURED_PER_STEP)
+    store: dict[int, dict[int, Capture]] = {}
+    held = 0
+
+    def fetch(number: int) -> dict[int, Capture]:
+        nonlocal held
+        if number in store:
+            return store[number]
+        rng = random.Random(f"{config.seed}:rows:{number}")
+        rows = torch.tensor(sorted(rng.sample(range(length), kept)))
+        found = capture(model, texts[number], rows, heads)
+        size = sum(c.nbytes() for c in found.values())
+        if held + size <= config.capture_gib * 2**30:
+            store[number] = found
+            held += size
+        return found
+
+    if config.start == "closed_form":
+        first = [fetch(i) for i in track(range(min(4, len(texts))), total=min(4, len(texts)), what="Closed-form start")]
+        closed_form_start(indexer, first)
+    units = sum(layer.query.shape[0] for layer in indexer.values())  # type: ignore[union-attr]
+    world, rank = accelerator.num_processes, accelerator.process_index
+
+    def step(number: int) -> dict[str, float]:
+        total = torch.zeros((), device=model.device)
+        for i in range(config.batch_size):
+            turn = (number * world + rank) * config.batch_size + i
+            found = fetch(_shuffled(turn, len(texts), config.seed))
+            rng = random.Random(f"{config.seed}:picks:{turn}")
+            picks = torch.tensor(rng.sample(range(kept), min(config.queries, kept)), device=model.device)
+            for layer, whole in found.items():
+                c = whole.take(picks)
+                with torch.no_grad():
+                    target = target_attention(c)
+                loss = kl_divergence(target, unit_scores(indexer[str(layer)], c)).sum() / units / config.batch_size  # type: ignore[arg-type]
+                loss.backward()
+                total += loss.detach()
+        if world > 1:
+            for p in indexer.parameters():
+                p.grad = accelerator.reduce(p.grad, reduction="mean")
+            total = accelerator.reduce(total, reduction="mean")
+        return {"loss": float(total)}
+
+    history = train(indexer, step, config, what="Stage 1: training the index", accelerator=accelerator, work=work, clip=None)
+    metrics = measure(model, indexer, measured, heads, sparse.top_p, sparse.window_tokens, sparse.sink_tokens)
+    metrics["loss_first"], metrics["loss_last"] = ((history[0]["loss"], history[-1]["loss"]) if history else (None, None))
+    return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer))
+
+
+def _shuffled(turn: int, count: int, seed: int) -> int:
+    """The document of a turn: every document once per round, each round in its own order."""
+    order = list(range(count))
+    random.Random(f"{seed}:round:{turn // count}").shuffle(order)
+    return order[turn % count]
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    indexer: nn.ModuleDict | dict[str, Tensor],
+    texts: list[Tensor],
+    heads: HeadMap,
+    top_p: float,
+    window_tokens: int,
+    sink_tokens: int,
+    *,
+    queries: int = 128,
+) -> dict[str, Any]:
+    """How well an index finds what full attention looks at, on queries that have something far to look at.
+
+    Returns:
+        Means over all units, and per unit ("units": layer, unit, ...): "kl" in nats; "mass_kept", full attention mass on
+        selected tokens, window and sinks; "far_selected_ratio", share of the tokens outside window and sinks that was
+        selected; "tokens_selected", their number.
+    """
+    if isinstance(indexer, dict):
+        dim = next(iter(indexer.values())).shape[1]
+        indexer = indexer_from_state(indexer, heads, head_dim=head_counts(model)[3], index_dim=dim).to(model.device)
+    names = ("kl", "mass_kept", "far_selected_ratio", "tokens_selected")
+    sums: dict[tuple[int, int], Tensor] = {}
+    for number, tokens in enumerate(track(texts, total=len(texts), what="Measuring the index")):
+        low = min(window_tokens + sink_tokens, len(tokens) - 1)
+        rng = random.Random(f"measure:{number}")
+        rows = torch.tensor(sorted(rng.choices(range(low, len(tokens)), k=queries)))
+        for layer, c in capture(model, tokens, rows, heads).items():
+            target = target_attention(c)
+            scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
+            slots = torch.arange(len(tokens), device=target.device)
+            age = c.rows[:, None] - slots
+            far = (age >= window_tokens) & (slots >= sink_tokens)
+            near = (age >= 0) & ~far
+            selected = scores >= top_p_threshold(scores, top_p)
+            mass = (target * (selected | near)).sum(-1).mean(-1)
+            chosen = (selected & far).sum(-1).float()
+            share = (chosen / far.sum(-1).clamp(min=1)).mean(-1)
+            values = torch.stack([kl_divergence(target, scores), mass, share, chosen.mean(-1)], -1)  # [U, 4]
+            for unit, row in enumerate(values.cpu()):
+                sums[layer, unit] = sums.get((layer, unit), torch.zeros(4)) + row / len(texts)
+    per_unit = [
+        {"layer": layer, "unit": unit, **dict(zip(names, row.tolist(), strict=True))}
+        for (layer, unit), row in sorted(sums.items())
+    ]
+    means = {name: sum(u[name] for u in per_unit) / len(per_unit) for name in names}
+    return {**means, "length_tokens": len(texts[0]), "documents": len(texts), "units": per_unit}
