@@ -37,7 +37,9 @@ def decode_window(
     """
     near = (q @ k.transpose(-1, -2)).float() * scaling
     if real is not None:
-        near = near.masked_fill(~real[:, None, None, first_slot:], -torch.inf)
+        hidden = ~real[:, None, None, first_slot:]
+        hidden[..., -1] = False  # padding sees itself, so that no row is empty
+        near = near.masked_fill(hidden, -torch.inf)
     old = (q @ sink_k.transpose(-1, -2)).float() * scaling
     old = old.masked_fill(~((sinks >= 0) & (sinks < first_slot))[:, None, None], -torch.inf)
     weights = torch.cat([old, near], -1).softmax(-1).to(v.dtype)
