@@ -117,6 +117,13 @@ def paused(model: PreTrainedModel) -> Iterator[None]:
         text_config._attn_implementation = IMPLEMENTATION
 
 
+def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
+    """Switch the model's own activation checkpointing (in training mode) on or off."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"  # renamed in Transformers 5.2x
+    getattr(base, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
+
+
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     """Show `recorder` the queries and keys of every converted layer; a model that is not sparse runs dense meanwhile."""

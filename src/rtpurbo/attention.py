@@ -41,6 +41,8 @@ class Observed:
     """[B, Hq, T, D] after RoPE"""
     k: Tensor
     """[B, Hkv, T, D] after RoPE"""
+    v: Tensor
+    """[B, Hkv, T, D]"""
     scaling: float
 
 
@@ -121,7 +123,7 @@ def sparse_forward(
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     q, k = rotate(q_pre, k_pre, *position_embeddings)  # type: ignore[misc]
     if state.recorder is not None:
-        state.recorder(Observed(state.layer, q_pre, k_pre, q, k, self.scaling))  # type: ignore[arg-type]
+        state.recorder(Observed(state.layer, q_pre, k_pre, q, k, v, self.scaling))  # type: ignore[arg-type]
 
     indexer: LayerIndexer | None = self._modules.get("rtpurbo_indexer")  # type: ignore[assignment]
     selects = indexer is not None and state.config.top_p < 1.0

@@ -1,10 +1,13 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
-1. Documents of several lengths; in each, an identical random span near the start and at the end (the needle).
-2. One dense forward pass per document. Needle score of a head: attention mass from the later span to the earlier one.
-   Far score: attention mass that sampled ordinary queries send beyond window and sinks.
-3. Lengths at which the model cannot copy the span itself are left out.
-4. A head's score is the larger of both, each scaled to 1; the highest are retrieval heads.
+1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, a hidden
+   fact with a question, ordinary text.
+2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
+3. Effect scores, one per kind: what the model's answers lose when the head turns local, to first order. Every head's
+   output gets a gate between full (0) and window + sinks (1); the gradient of the objective at 0 is the score. Answers:
+   the repeated span, the hidden fact, the text's own next tokens.
+4. Lengths at which the model cannot copy the span itself are left out. A head's score is the largest of its four, each
+   scaled to 1; the highest are retrieval heads.
 5. Check: needle questions, dense model against dense retrieval heads + window.
 """
 
@@ -17,29 +20,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attached, recording
+from .attach import attached, checkpoint_activations, recording
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_window_tokens
-from .data import documents
+from .data import TRAINING_TEMPLATES, documents, retrieval_sample
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, context_tokens, head_counts
 from .heads import HeadMap
 from .models import fingerprint, model_identity
+from .ops import window_attention
 from .progress import track
 
 CAN_COPY = 0.5
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
+KINDS = ("span", "question", "text")
+TEXT_POSITIONS = 512
 
 
 @dataclass
 class DocumentScore:
-    """What one document says about every head: [layers, query heads], rows of unconverted layers zero."""
+    """What one document says about every head, as [layers, query heads] tables; unconverted layers are zero."""
 
+    kind: str
     length_tokens: int
-    needle: Tensor
-    far: Tensor
-    copied: float
+    tables: dict[str, Tensor]
+    """"needle" (span documents), "far" (attention mass beyond the window), "effect" (per kind)"""
+    copied: float | None
+    """Share of the repeated span that the model predicts (span documents)."""
 
 
 def calibrate(
@@ -68,7 +76,7 @@ def calibrate(
     config = config or CalibrateConfig()
     context = context_tokens(model)
     sparse = sparse or SparseConfig(window_tokens=default_window_tokens(context))
-    layers, query_heads, kv_heads, head_dim = head_counts(model)
+    layers, _, kv_heads, head_dim = head_counts(model)
     if sparse.index_dim > head_dim:
         raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {sparse.index_dim}.")
     lengths = config.lengths_tokens or default_lengths(context, sparse)
@@ -79,15 +87,15 @@ def calibrate(
         n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=config.seed) for n in lengths
     }
     for length, i in track(plan, total=len(plan), what="Calibrating on documents"):
-        scores.append(score_document(model, texts[length][i], texts[length][i + 1], sparse, config, index=i))
+        scores.append(score_document(model, tokenizer, texts[length][i], texts[length][i + 1], sparse, config, index=i))
     usable = [n for n in lengths if _mean_copied(scores, n) >= CAN_COPY]
     notes = []
     if not usable:
-        notes.append("The model itself cannot copy a repeated span at any of these lengths; far attention alone decided.")
-    chosen_from = [s for s in scores if s.length_tokens in usable] or scores
+        notes.append("The model itself cannot copy a repeated span at any of these lengths; ordinary text alone decided.")
+    chosen_from = [s for s in scores if s.length_tokens in usable] or [s for s in scores if s.kind == "text"]
 
     def choose(some: list[DocumentScore]) -> tuple[HeadMap, Tensor]:
-        total = combine(some, with_needle=bool(usable))
+        total = combine(some, config.scoring)
         rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
         heads = HeadMap.from_scores(
             rows,
@@ -107,9 +115,10 @@ def calibrate(
         "retrieval_head_ratio": heads.ratio,
         "full_kv_ratio": heads.full_kv_ratio,
     }
-    if config.check_seed_overlap:
-        halves = [choose(chosen_from[half::2])[0] for half in (0, 1)]
-        metrics["overlap_between_halves"] = halves[0].overlap(halves[1])
+    halves = [[s for i, s in enumerate(chosen_from) if i // len(KINDS) % 2 == half] for half in (0, 1)]
+    if halves[1]:
+        first, second = (choose(half)[0] for half in halves)
+        metrics["overlap_between_halves"] = first.overlap(second)
     if config.check_samples:
         metrics["check"], found = check_choice(model, tokenizer, texts, usable or [min(lengths)], heads, sparse, config)
         notes += found
@@ -139,47 +148,117 @@ def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) 
             )
 
 
-@torch.no_grad()
 def score_document(
-    model: Any, document: Tensor, other: Tensor, sparse: SparseConfig, config: CalibrateConfig, *, index: int
+    model: Any,
+    tokenizer: Any,
+    document: Tensor,
+    other: Tensor,
+    sparse: SparseConfig,
+    config: CalibrateConfig,
+    *,
+    index: int,
 ) -> DocumentScore:
-    """Attention of every head in one document: from the later needle to the earlier, and beyond the window.
+    """Scores of every head from document number `index`, whose kind follows from its number.
 
     Args:
-        document, other: [length] int64; the needle is a shuffled span of `other`.
+        document, other: [length] int64; a repeated span is a shuffled piece of `other`.
     """
     rng = random.Random(f"{config.seed}:{index}:{len(document)}")
-    length, span = len(document), config.needle_tokens
-    start = rng.randrange(len(other) - span)
-    needle = other[start : start + span][torch.tensor(rng.sample(range(span), span))]
-    newest = length - span - sparse.window_tokens  # the earlier span must lie outside the later one's window
-    early = rng.randrange(4, max(5, min(newest - span, length // 3)))
-    tokens = document.clone()
-    tokens[early : early + span] = needle
-    tokens[length - span :] = needle
-    low = min(sparse.window_tokens + sparse.sink_tokens, length - span - 1)
-    positions = torch.tensor(sorted(rng.choices(range(low, length - span), k=config.queries)))
-    later = torch.arange(length - span, length)
+    kind, length, span = KINDS[index % len(KINDS)], len(document), config.needle_tokens
+    tokens, early = document.clone(), 0
+    if kind == "span":
+        start = rng.randrange(len(other) - span)
+        needle = other[start : start + span][torch.tensor(rng.sample(range(span), span))]
+        newest = length - 2 * span - sparse.window_tokens  # the earlier span lies outside the later one's window
+        early = rng.randrange(4, max(5, min(newest, length // 3)))
+        tokens[early : early + span] = tokens[length - span :] = needle
+        targets = torch.arange(length - span + 4, length - 1)  # the span's first tokens do not yet say what follows
+    elif kind == "question":
+        template = TRAINING_TEMPLATES[index // len(KINDS) % len(TRAINING_TEMPLATES)]
+        depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
+        sample = retrieval_sample(document, tokenizer, kind="single", depth=depth, seed=str(rng.random()), template=template)
+        tokens, targets = sample.tokens, torch.tensor(sample.label_positions)
+    else:
+        low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
+        count = min(TEXT_POSITIONS, length - 1 - low)
+        targets = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
     layers, query_heads, _, _ = head_counts(model)
-    far, near = torch.zeros(layers, query_heads), torch.zeros(layers, query_heads)
+    tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
 
     def observe(seen: Observed) -> None:
-        slots = torch.arange(length, device=seen.q.device)
-        for rows, store in ((positions, far), (later, near)):
-            rows = rows.to(seen.q.device)
-            weights = attention_rows(seen, rows)  # [Hq, rows, N]
-            if store is far:
-                beyond = (rows[:, None] - slots >= sparse.window_tokens) & (slots >= sparse.sink_tokens)
-                mass = (weights * beyond).sum(-1)
-            else:
-                mass = weights[..., early : early + span].sum(-1)
-            store[seen.layer] = mass.mean(-1).cpu()
+        rows = targets[:: max(1, len(targets) // 64)].to(seen.q.device)
+        weights = attention_rows(seen, rows)  # [Hq, rows, N]
+        slots = torch.arange(length, device=rows.device)
+        beyond = (rows[:, None] - slots >= sparse.window_tokens) & (slots >= sparse.sink_tokens)
+        tables["far"][seen.layer] = (weights * beyond).sum(-1).mean(-1).cpu()
+        if kind == "span":
+            tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
 
-    with recording(model, observe):
-        logits = model(tokens[None].to(model.device), logits_to_keep=span).logits[0]
-    known = 4  # the first tokens of the later span do not yet say what follows
-    copied = (logits[known:-1].argmax(-1).cpu() == needle[known + 1 :]).float().mean().item()
-    return DocumentScore(length, near, far, copied)
+    if config.scoring == "effect":
+        logits = _effects(model, tokens, targets, sparse, tables["effect"], observe, margin=kind != "text")
+    else:
+        with torch.no_grad(), recording(model, observe):
+            logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device)).logits[0]
+    right = (logits.argmax(-1).cpu() == tokens[targets + 1]).float().mean().item()
+    return DocumentScore(kind, length, tables, right if kind == "span" else None)
+
+
+def _effects(
+    model: Any, tokens: Tensor, targets: Tensor, sparse: SparseConfig, table: Tensor, observe: Any, *, margin: bool
+) -> Tensor:
+    """Fill `table` [layers, query heads] with each head's effect; the logits [targets, vocabulary].
+
+    Args:
+        margin: measure the right token's logit against all others (it does not saturate), else its log-probability.
+    """
+    modules = attention_layers(model)
+    gates = {layer: torch.zeros(table.shape[1], device=model.device, requires_grad=True) for layer in modules}
+    local: dict[int, Tensor] = {}
+    seen_once: set[int] = set()
+
+    def watch(seen: Observed) -> None:
+        with torch.no_grad():
+            if seen.layer not in seen_once:  # activation checkpointing runs every layer twice
+                observe(seen)
+                seen_once.add(seen.layer)
+            size = seen.q.shape[1] // seen.k.shape[1]
+            k, v = (x.repeat_interleave(size, 1) for x in (seen.k, seen.v))
+            sinks = torch.arange(sparse.sink_tokens, device=k.device)[None]
+            local[seen.layer] = window_attention(
+                seen.q, k, v, k[:, :, : sparse.sink_tokens], v[:, :, : sparse.sink_tokens],
+                first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
+            )  # fmt: skip
+
+    def gate(layer: int):
+        def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            full = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
+            away = (local[layer].transpose(1, 2) - full).detach()
+            return ((full + gates[layer][:, None].to(full.dtype) * away).flatten(2),)
+
+        return hook
+
+    hooks = [m.o_proj.register_forward_pre_hook(gate(layer)) for layer, m in modules.items()]  # type: ignore[union-attr]
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        checkpoint_activations(model.train(), True)
+        with torch.enable_grad(), recording(model, watch):
+            logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
+            want = tokens[targets + 1].to(logits.device)[:, None]
+            scores = logits.float()
+            right = scores.gather(1, want)[:, 0]
+            others = scores.scatter(1, want, -torch.inf) if margin else scores
+            (others.logsumexp(-1) - right).mean().backward()
+    finally:
+        checkpoint_activations(model.eval(), False)
+        for p in frozen:
+            p.requires_grad_(True)
+        for hook in hooks:
+            hook.remove()
+    for layer, values in gates.items():
+        table[layer] = values.grad.cpu()  # type: ignore[union-attr]
+    return logits.detach()
 
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
@@ -191,16 +270,32 @@ def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
     return logits.masked_fill(slots > rows[:, None], -torch.inf).softmax(-1)
 
 
-def combine(scores: list[DocumentScore], *, with_needle: bool = True) -> Tensor:
-    """[layers, query heads] in [0, 1]: the larger of needle score and far score, each scaled to 1."""
-    parts = [torch.stack([s.far for s in scores]).mean(0)]
-    if with_needle:
-        parts.append(torch.stack([s.needle for s in scores]).mean(0))
-    return torch.stack([p / p.max().clamp(min=1e-9) for p in parts]).amax(0)
+def combine(scores: list[DocumentScore], scoring: str) -> Tensor:
+    """[layers, query heads] in [0, 1]: the largest of the scores that `scoring` names, each scaled to 1."""
+    kinds = {
+        "effect": [("needle", "span"), *(("effect", kind) for kind in KINDS)],
+        "attention": [("needle", "span"), ("far", "text")],
+        "needle": [("needle", "span")],
+    }[scoring]
+    parts = []
+    for table, kind in kinds:
+        lengths = sorted({s.length_tokens for s in scores if s.kind == kind})
+        means = [
+            torch.stack([s.tables[table] for s in scores if s.kind == kind and s.length_tokens == n]).mean(0)
+            for n in lengths
+        ]  # every length counts the same
+        if means:
+            parts.append(_scaled(torch.stack([_scaled(m) for m in means]).mean(0)))
+    return torch.stack(parts).amax(0)
+
+
+def _scaled(table: Tensor) -> Tensor:
+    positive = table.clamp(min=0)
+    return positive / positive.max().clamp(min=1e-12)
 
 
 def _mean_copied(scores: list[DocumentScore], length: int) -> float:
-    some = [s.copied for s in scores if s.length_tokens == length]
+    some = [s.copied for s in scores if s.length_tokens == length and s.copied is not None]
     return sum(some) / len(some)
 
 

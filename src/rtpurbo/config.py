@@ -52,7 +52,7 @@ class SparseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """How retrieval heads are found (paper, section 3.1)."""
+    """How retrieval heads are found (paper, section 3.1, and what makes it work on small models)."""
 
     granularity: Granularity = "head"
     """Choose single query heads (the paper), or whole KV groups (least cache: nothing full is kept for the rest)."""
@@ -60,18 +60,17 @@ class CalibrateConfig:
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
     """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
+    scoring: Literal["effect", "attention", "needle"] = "effect"
+    """Score heads by the needle's attention and by what the model loses without their far attention (effect), by
+    needle and far attention mass (attention), or by the needle alone (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
-    """Document lengths in tokens; empty: an eighth, a quarter and a half of the context, at least 4 windows."""
-    documents: int = 6
-    """Documents per length."""
+    """Document lengths in tokens; empty: an eighth, a quarter and a half of the context, at least 2 windows."""
+    documents: int = 9
+    """Documents per length: repeated spans, questions and ordinary text in turn."""
     needle_tokens: int = 48
     """Length of the repeated needle span in tokens."""
-    queries: int = 64
-    """Sampled query positions per document for the far attention mass on ordinary text."""
     check_samples: int = 8
     """Retrieval questions that check the choice, dense against dense retrieval heads + window; 0 skips the check."""
-    check_seed_overlap: bool = True
-    """Also score half of the documents against the other half and report how far both choices agree."""
     seed: int = 0
     """Seed of documents, needles and sampled positions."""
 
@@ -79,9 +78,11 @@ class CalibrateConfig:
         _require(self.granularity in ("head", "group"), "granularity", "'head' or 'group'", self.granularity)
         _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
         _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
-        _require(self.documents >= 2, "documents", "at least 2", self.documents)
+        known = ("effect", "attention", "needle")
+        _require(self.scoring in known, "scoring", f"one of {', '.join(known)}", self.scoring)
+        _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
-        _require(self.queries >= 1, "queries", "at least 1", self.queries)
+        _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,17 @@
 A *source* is one of
 - a text, Markdown, JSON lines (`.jsonl`, `.jsonl.gz`, field `text`) or Parquet file, or a directory of text files;
 - a dataset on the hub (`owner/name`, optionally `owner/name:config`), field `text`, split `train`;
-- `installed-python`: the source of installed Python packages, joined by directory, a tenth of the packages held out;
-  `installed-python:heldout`: that tenth; `package:NAME`: one installed package.
+- `installed-docs`: the docstrings of installed Python packages, English prose for the most part, joined by directory;
+  `installed-python`: their source. A tenth of the packages is held out: `installed-docs:heldout`,
+  `installed-python:heldout`. `package:NAME`: the source of one installed package.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import random
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -22,6 +25,8 @@ import torch
 from torch import Tensor
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+_DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
+_SHORTEST_DOCSTRING = 200  # characters
 _MAX_PACKAGE_BYTES = 1 << 20  # of one directory's source; longer ones are cut into several texts
 
 
@@ -29,8 +34,8 @@ def read_source(source: str) -> list[str]:
     """All texts of a source, in a fixed order; ValueError when there is nothing to read."""
     if source.startswith("package:"):
         texts = _package_texts(source.removeprefix("package:"))
-    elif source in ("installed-python", "installed-python:heldout"):
-        texts = _installed_texts(heldout=source.endswith(":heldout"))
+    elif source.removesuffix(":heldout") in ("installed-docs", "installed-python"):
+        texts = _installed_texts(heldout=source.endswith(":heldout"), docs=source.startswith("installed-docs"))
     else:
         texts = _file_or_dataset_texts(source)
     texts = [t for t in texts if t.strip()]
@@ -57,7 +62,7 @@ def _file_or_dataset_texts(source: str) -> list[str]:
         elif path.exists() or source.startswith((".", "/")) or source.count("/") != 1:
             raise ValueError(
                 f"Source {source!r} does not exist or has an unknown type; expected .txt, .md, .jsonl(.gz), .parquet, "
-                "a directory, owner/dataset, installed-python or package:NAME."
+                "a directory, owner/dataset, installed-docs, installed-python or package:NAME."
             )
         else:
             repository, _, config = source.partition(":")
@@ -70,12 +75,17 @@ def _file_or_dataset_texts(source: str) -> list[str]:
     return list(rows["text"])
 
 
-def _directory_texts(root: Path) -> Iterator[str]:
-    """The .py files of every directory below `root`, joined."""
+def _directory_texts(root: Path, *, docs: bool = False) -> Iterator[str]:
+    """The .py files of every directory below `root` joined, or only their docstrings."""
     for folder in sorted({p.parent for p in root.rglob("*.py")}):
         text = ""
         for file in sorted(folder.glob("*.py")):
-            text += f"# {file.relative_to(root.parent)}\n{file.read_text(errors='ignore')}\n"
+            content = file.read_text(errors="ignore")
+            if docs:
+                long = (inspect.cleandoc(d) for d in _DOCSTRING.findall(content) if len(d) > _SHORTEST_DOCSTRING)
+                text += "".join(f"{d}\n\n" for d in long)
+            else:
+                text += f"# {file.relative_to(root.parent)}\n{content}\n"
             if len(text) > _MAX_PACKAGE_BYTES:
                 yield text
                 text = ""
@@ -90,11 +100,11 @@ def _package_texts(name: str) -> list[str]:
     return list(_directory_texts(Path(spec.origin).parent))
 
 
-def _installed_texts(*, heldout: bool) -> list[str]:
+def _installed_texts(*, heldout: bool, docs: bool) -> list[str]:
     site = Path(sysconfig.get_paths()["purelib"])
     names = sorted(p.name for p in site.iterdir() if (p / "__init__.py").is_file())
     chosen = [n for n in names if (zlib.crc32(n.encode()) % 10 == 0) == heldout]
-    return [text for name in chosen for text in _directory_texts(site / name)]
+    return [text for name in chosen for text in _directory_texts(site / name, docs=docs)]
 
 
 def documents(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attach, detach, paused
+from .attach import attach, checkpoint_activations, detach, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
 from .data import TRAINING_TEMPLATES, documents, retrieval_sample
@@ -116,7 +116,7 @@ def distill(
         attach(student, artifact.heads, artifact.config, artifact.indexer)
     try:
         if config.gradient_checkpointing:
-            _checkpoint_activations(student, True)
+            checkpoint_activations(student, True)
         prepared = accelerator.prepare(student) if accelerator.num_processes > 1 else student
         device = model.device
         world, rank = accelerator.num_processes, accelerator.process_index
@@ -147,7 +147,7 @@ def distill(
     finally:
         detach(student)
         if config.gradient_checkpointing:
-            _checkpoint_activations(student, False)
+            checkpoint_activations(student, False)
         if config.weights == "lora":
             student.unload()
             model.__dict__.pop("peft_config", None)
@@ -181,12 +181,6 @@ def _student(model: Any, config: DistillConfig) -> Any:
     return get_peft_model(model, lora)
 
 
-def _checkpoint_activations(model: Any, on: bool) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"  # renamed in Transformers 5.2x
-    getattr(base, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
-
-
 @torch.no_grad()
 def _teach(model: Any, student: Any, prepared: Any, config: DistillConfig, tokens: Tensor, labels: Tensor) -> Tensor:
     """Dense logits [labels, vocabulary]; with LoRA from the student's own weights, adapter off and attention dense."""
@@ -197,7 +191,9 @@ def _teach(model: Any, student: Any, prepared: Any, config: DistillConfig, token
         return prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
 
 
-def _write_weights(student: Any, prepared: Any, tokenizer: Any, config: DistillConfig, work: Path | None, main: bool) -> Path:
+def _write_weights(
+    student: Any, prepared: Any, tokenizer: Any, config: DistillConfig, work: Path | None, main: bool
+) -> Path:
     """Save the trained weights as bfloat16 safetensors; the directory that holds them."""
     state = {name: t.to(torch.bfloat16) for name, t in trainable_state(prepared).items()}
     target = Path(tempfile.mkdtemp(prefix="rtpurbo-")) if work is None else work / config.weights

@@ -139,7 +139,9 @@ def _header(work: Path | None) -> dict[str, str] | None:
         with safe_open(str(work / "state.safetensors"), framework="pt") as file:
             return file.metadata()
     except SafetensorError as error:
-        raise ValueError(f"{work / 'state.safetensors'} is damaged ({error}); delete it to start this stage again.") from error
+        raise ValueError(
+            f"{work / 'state.safetensors'} is damaged ({error}); delete it to start this stage again."
+        ) from error
 
 
 def _saved_step(work: Path | None) -> int:

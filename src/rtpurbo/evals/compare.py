@@ -7,17 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from ..attach import attached, paused
 from ..checkpoint import Artifact, check_fingerprint
 from ..config import EvalConfig
 from ..data import documents
 from ..families import context_tokens
 from ..indexer_training import measure
-from ..progress import track
 from .fidelity import compare_documents
-from .needle import DEPTHS, grade, needle_samples
+from .needle import DEPTHS, grade_all, needle_samples
 from .speed import measure_decode
 from .statistics import paired
 
@@ -131,8 +128,8 @@ def _needles(switch: Any, tokenizer: Any, sources: Any, config: EvalConfig) -> l
             plan += [(kind, length, sample) for sample in samples]
     scores: dict[str, list[float]] = {"dense": [], "sparse": []}
     for name in scores:
-        with switch(name) as ready, torch.no_grad():
-            scores[name] = [grade(ready, s) for _, _, s in track(plan, total=len(plan), what=f"Needle questions, {name}")]
+        with switch(name) as ready:
+            scores[name] = grade_all(ready, [s for _, _, s in plan], what=f"Needle questions, {name}")
     cells: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     for (kind, length, sample), dense, sparse in zip(plan, scores["dense"], scores["sparse"], strict=True):
         cells.setdefault((kind, length), []).append((sample.depth, dense, sparse))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def compare_documents(texts: list[Tensor], switch: Switch) -> dict[str, Any]:
             "to": b,
             **{n: values[:, i, a:b].mean().item() for i, n in enumerate(names)},
         }
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     per_document = values.mean(2)
     return {

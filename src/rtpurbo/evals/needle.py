@@ -11,6 +11,7 @@ from ..data import RetrievalSample, retrieval_sample
 from ..progress import track
 
 DEPTHS = 5
+BATCH_TOKENS = 16384
 
 
 def needle_samples(
@@ -30,22 +31,36 @@ def needle_samples(
 
 
 @torch.no_grad()
-def grade(model: Any, sample: RetrievalSample) -> float:
-    """Share of the values asked for that greedy decoding gets right.
+def grade(model: Any, samples: list[RetrievalSample]) -> list[float]:
+    """Per sample (all of one length) the share of the values asked for that greedy decoding gets right.
 
-    One forward pass over prompt and answer: greedy decoding writes a value exactly when every one of its tokens is the
+    One forward pass over prompts and answers: greedy decoding writes a value exactly when every one of its tokens is the
     most likely next token after the right ones before it.
     """
-    positions = torch.tensor(sample.label_positions, device=model.device)
-    logits = model(sample.tokens[None].to(model.device), logits_to_keep=positions).logits[0]
-    right = (logits.argmax(-1).cpu() == sample.tokens[positions.cpu() + 1]).tolist()
-    values = []
-    for start, stop in sample.answers:
-        values.append(all(right[: stop - start]))
-        right = right[stop - start :]
-    return sum(values) / len(values)
+    length = len(samples[0].tokens)
+    tail = length - min(s.answers[0][0] for s in samples) + 1
+    tokens = torch.stack([s.tokens for s in samples])
+    logits = model(tokens.to(model.device), logits_to_keep=tail, use_cache=False).logits
+    guess = logits.argmax(-1).cpu()  # [samples, tail]: the token after position length - tail + i
+    grades = []
+    for sample, row in zip(samples, guess, strict=True):
+        right = [
+            all(row[t - 1 - (length - tail)] == sample.tokens[t] for t in range(start, stop))
+            for start, stop in sample.answers
+        ]
+        grades.append(sum(right) / len(right))
+    return grades
 
 
 def grade_all(model: Any, samples: list[RetrievalSample], *, what: str) -> list[float]:
-    """`grade` of every sample, with progress."""
-    return [grade(model, s) for s in track(samples, total=len(samples), what=what)]
+    """`grade` of every sample, in batches of samples of one length, with progress."""
+    budget = BATCH_TOKENS if model.device.type == "cuda" else 1
+    batches: list[list[RetrievalSample]] = []
+    for sample in samples:
+        length = len(sample.tokens)
+        if batches and len(batches[-1][0].tokens) == length and (len(batches[-1]) + 1) * length <= budget:
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    done = track(batches, total=len(batches), what=what)
+    return [g for batch in done for g in grade(model, batch)]

@@ -1,9 +1,10 @@
 """Top-p selection: the one definition that training, evaluation, generation and kernels share.
 
 A query keeps the tokens whose index score is within `b` grid steps of its best score, `b` being the smallest number
-of steps whose softmax mass reaches p. The grid (256 steps of 1/16 nat) makes the rule exact for every implementation,
-needs no sort and becomes the 256-bin histogram of a decode kernel (paper, section 4): the kept set holds the smallest
-set that reaches p, plus at most the tokens within 1/16 nat of its last member.
+of steps, one or more, whose softmax mass reaches p. The grid (256 steps of 1/16 nat) makes the rule exact for every
+implementation, needs no sort and becomes the 256-bin histogram of a decode kernel (paper, section 4): the kept set holds
+the smallest set that reaches p, plus at most the tokens within 1/16 nat of its last member. No edge lies at the best
+score itself: equal tokens have equal scores in the first layer, and rounding must not tell them apart.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
     def mass(steps: Tensor) -> Tensor:
         return torch.where(scores >= peak - steps * STEP_NATS, weights, 0.0).sum(-1, keepdim=True)
 
-    steps = torch.zeros_like(peak)
+    steps = torch.ones_like(peak)
     bit = GRID_STEPS // 2
-    while bit:  # binary search for the number of grid edges whose mass is too small
+    while bit:  # binary search for the first grid edge whose mass is large enough
         steps = torch.where(mass(steps + (bit - 1)) < needed, steps + bit, steps)
         bit //= 2
     return torch.where(mass(steps) < needed, -torch.inf, peak - steps * STEP_NATS)
