@@ -29,8 +29,8 @@ def selected(scores: Tensor, top_p: float) -> Tensor:
     scores = scores.double()
     last = scores.masked_fill(~exact_smallest_set(scores, top_p), torch.inf).amin(-1, keepdim=True)
     peak = scores.amax(-1, keepdim=True)
-    steps = ((peak - last) * 16).ceil()
-    return (scores >= peak - steps / 16) | (steps > 255)
+    steps = ((peak - last) * 16).ceil().clamp(min=1)
+    return (scores >= peak - steps / 16) | (steps > 256)
 
 
 def allowed(visible: Tensor, real: Tensor, heads, layer: int, config, query_heads: int) -> Tensor:

@@ -62,13 +62,16 @@ def test_a_higher_p_keeps_more():
 
 
 def test_grid_edges():
-    # the second token lies 1.5 steps below the first; a third on the edge at 2 steps belongs to the same step
-    scores = torch.tensor([[0.0, -1.5 * STEP_NATS, -2.0 * STEP_NATS, -2.001 * STEP_NATS, -9.0]])
+    scores = STEP_NATS * torch.tensor([[0.0, -1.0, -1.001, -3.5, -4.0, -4.001, -99.0]])
     weights = scores.softmax(-1)[0]
-    kept = scores >= top_p_threshold(scores, float(weights[0]) + 0.01)
-    assert kept.tolist() == [[True, True, True, False, False]]
-    kept = scores >= top_p_threshold(scores, float(weights[0]) - 0.01)
-    assert kept.tolist() == [[True, False, False, False, False]]
+    for members, kept in ((1, 2), (2, 2), (3, 3), (4, 5), (5, 5), (6, 6), (7, 7)):
+        top_p = float(weights[:members].sum()) - 1e-4
+        assert (scores >= top_p_threshold(scores, top_p)).sum() == kept
+
+
+def test_rounding_does_not_tell_equal_tokens_apart():
+    scores = torch.tensor([[3.0, torch.nextafter(torch.tensor(3.0), torch.tensor(0.0)), 1.0]])
+    assert (scores >= top_p_threshold(scores, 0.05)).tolist() == [[True, True, False]]
 
 
 def test_equal_scores_are_kept_together():
@@ -105,10 +108,10 @@ def test_mass_beyond_the_grid_keeps_everything():
     # 2e-4 of the mass lies 17 nats below the peak, where no grid edge reaches
     scores = torch.full((1, 1 + int(2e-4 * math.exp(17))), -17.0)
     scores[0, 0] = 0.0
-    assert top_p_threshold(scores, 0.9997).item() == 0.0
+    assert top_p_threshold(scores, 0.9997).item() == -STEP_NATS
     assert top_p_threshold(scores, 0.9999).item() == -math.inf
-    scores[0, 1:] = -15.5
-    assert top_p_threshold(scores, 0.9999).item() == -15.5
+    scores[0, 1:] = -16.0
+    assert top_p_threshold(scores, 0.9999).item() == -16.0
 
 
 def test_scores_spread_over_more_than_the_grid():

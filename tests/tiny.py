@@ -135,10 +135,10 @@ def head_map(model, granularity: str = "head", retrieval: list[tuple[int, ...]] 
     )
 
 
-def random_indexer(heads: HeadMap, seed: int = 1):
+def random_indexer(heads: HeadMap, seed: int = 1, index_dim: int = INDEX_DIM):
     """Random index projections for `heads`."""
     torch.manual_seed(seed)
-    return make_indexer(heads, head_dim=HEAD_DIM, index_dim=INDEX_DIM)
+    return make_indexer(heads, head_dim=HEAD_DIM, index_dim=index_dim)
 
 
 def tokens(length: int, batch: int = 1, seed: int = 2) -> Tensor:

@@ -1,0 +1,332 @@
+"""The exact laws of sparse attention, for every family and RoPE scaling, cached or not, chunked or not, ragged or not.
+
+Window >= length equals dense; p = 1 with every head a retrieval head equals dense; p = 1 with a head map equals dense
+retrieval heads + window; and token by token equals all at once. Models run in float64, so that a token whose score
+lies at the edge of the selection is on the same side of it in both computations.
+
+"dynamic" and "longrope" RoPE change all frequencies once a sequence outgrows ORIGINAL_TOKENS, but not those of keys
+that are cached already: there even the dense model gives other results with a cache than without. For all kinds the
+laws with a cache stay below that length; a test of its own goes beyond it in one forward pass.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from oracle import oracle
+from rtpurbo.attach import attach, attached, checkpoint_activations, detach, paused
+from rtpurbo.heads import HeadMap
+from tiny import (
+    CONFIG,
+    FAMILY_NAMES,
+    KV_HEADS,
+    ORIGINAL_TOKENS,
+    QUERY_HEADS,
+    ROPE_TYPES,
+    assert_same,
+    converted_layers,
+    head_map,
+    left_padded,
+    logits,
+    positions,
+    random_indexer,
+    shared_model,
+    tiny_model,
+    tokens,
+)
+
+LENGTH = 61
+BATCHES = {"even": [LENGTH] * 2, "ragged": [LENGTH, LENGTH - 7, 25]}
+MODES = {
+    "no_cache": None,
+    "one_prefill": [LENGTH],
+    "pieces": [5, 1, 17, 1, 8, 1, 11, 2],  # the dense path, then the split, then single tokens and pieces in turn
+    "decode": [33, 1],
+    "decode_from_start": [1],
+}
+GRANULARITIES = ("head", "group")
+
+
+def batch(kind: str):
+    ids, mask = left_padded(BATCHES[kind])
+    return ids, None if kind == "even" else mask
+
+
+def every_head_retrieves(model) -> HeadMap:
+    return HeadMap.uniform(
+        layers=converted_layers(model), num_layers=model.config.num_hidden_layers, query_heads=QUERY_HEADS,
+        kv_heads=KV_HEADS, dense=True,
+    )  # fmt: skip
+
+
+def check_modes(model, heads, config, indexer, want, ids, mask, modes=MODES):
+    """All ways to run the sparse model give `want`."""
+    with attached(model, heads, config, indexer):
+        for mode in modes:
+            try:
+                assert_same(logits(model, ids, mask, MODES[mode]), want, mask)
+            except AssertionError as error:
+                raise AssertionError(f"{mode}: {error}") from error
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_window_of_the_whole_length_equals_dense(family, rope, kind):
+    model = shared_model(family, rope=rope, dtype=torch.float64)
+    ids, mask = batch(kind)
+    want = logits(model, ids, mask)
+    heads = head_map(model)
+    config = dataclasses.replace(CONFIG, window_tokens=LENGTH)
+    check_modes(model, heads, config, random_indexer(heads), want, ids, mask, ["no_cache", "one_prefill", "pieces"])
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_head_retrieving_everything_equals_dense(family, rope, kind):
+    model = shared_model(family, rope=rope, dtype=torch.float64)
+    ids, mask = batch(kind)
+    want = logits(model, ids, mask)
+    heads = every_head_retrieves(model)
+    config = dataclasses.replace(CONFIG, top_p=1.0)
+    check_modes(model, heads, config, random_indexer(heads), want, ids, mask, ["no_cache", "pieces"])
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_selecting_everything_equals_dense_retrieval_heads_and_window(family, rope, kind):
+    model = shared_model(family, rope=rope, dtype=torch.float64)
+    ids, mask = batch(kind)
+    heads = head_map(model)
+    config = dataclasses.replace(CONFIG, top_p=1.0)
+    with oracle(model, heads, config):
+        want = logits(model, ids, mask)
+    assert (want - logits(model, ids, mask)).abs().max() > 0.1  # the window matters
+    check_modes(model, heads, config, random_indexer(heads), want, ids, mask, ["no_cache", "one_prefill", "pieces"])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_selection_equals_the_oracle_however_it_is_fed(family, rope, granularity):
+    model = shared_model(family, rope=rope, dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+    with oracle(model, heads, CONFIG):
+        everything = logits(model, ids, mask)
+    with oracle(model, heads, CONFIG, indexer):
+        want = logits(model, ids, mask)
+    assert (want - everything)[mask].abs().max() > 0.1  # the selection matters
+    check_modes(model, heads, CONFIG, indexer, want, ids, mask, ["no_cache", "pieces"])
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_token_by_token_equals_one_forward(family, granularity, kind):
+    model = shared_model(family, dtype=torch.float64)
+    ids, mask = batch(kind)
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+    with attached(model, heads, CONFIG, indexer):
+        want = logits(model, ids, mask)
+    check_modes(model, heads, CONFIG, indexer, want, ids, mask, ["one_prefill", "decode", "decode_from_start"])
+
+
+@pytest.mark.parametrize("rope", ROPE_TYPES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_beyond_the_original_length_in_one_forward(family, rope):
+    model = tiny_model(family, rope=rope, dtype=torch.float64)  # "dynamic" remembers the longest length it has seen
+    ids = tokens(ORIGINAL_TOKENS + 33)
+    try:
+        assert torch.equal(dense := logits(model, ids), logits(model, ids))
+    except UnboundLocalError:
+        assert (family, rope) == ("gemma3_text", "longrope")
+        pytest.skip("this version of Transformers cannot run the dense model")
+    heads = head_map(model)
+    indexer = random_indexer(heads)
+    with attached(model, heads, dataclasses.replace(CONFIG, window_tokens=ids.shape[1])):
+        assert_same(logits(model, ids), dense)
+    with oracle(model, heads, CONFIG, indexer):
+        want = logits(model, ids)
+    with attached(model, heads, CONFIG, indexer):
+        assert_same(logits(model, ids), want)
+
+
+@pytest.mark.parametrize("config", [dict(sink_tokens=0), dict(window_tokens=1), dict(window_tokens=1, sink_tokens=0),
+                                    dict(sink_tokens=30), dict(window_tokens=40), dict(top_p=0.05), dict(top_p=0.999),
+                                    dict(index_dim=1)])  # fmt: skip
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_setting(granularity, config):
+    model = shared_model("qwen3", dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    config = dataclasses.replace(CONFIG, **config)
+    indexer = random_indexer(heads, index_dim=config.index_dim)
+    with oracle(model, heads, config, indexer):
+        want = logits(model, ids, mask)
+    check_modes(model, heads, config, indexer, want, ids, mask)
+
+
+@pytest.mark.parametrize(
+    "retrieval",
+    [
+        [(), (), ()],
+        [(0, 1, 2, 3, 4, 5)] * 3,
+        [(0,), (5,), (2, 3)],
+        [(0, 2, 4), (1, 3, 5), (0, 1, 2, 3, 4)],
+    ],
+)
+def test_every_mix_of_roles(retrieval):
+    model = shared_model("llama", dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, "head", retrieval)
+    indexer = random_indexer(heads)
+    with oracle(model, heads, CONFIG, indexer):
+        want = logits(model, ids, mask)
+    check_modes(model, heads, CONFIG, indexer, want, ids, mask)
+
+
+@pytest.mark.parametrize("heads_and_kv", [(4, 4), (4, 1), (8, 2)])
+def test_every_group_size(heads_and_kv):
+    query_heads, kv_heads = heads_and_kv
+    model = tiny_model("llama", dtype=torch.float64, num_attention_heads=query_heads, num_key_value_heads=kv_heads)
+    ids, mask = batch("ragged")
+    for granularity in GRANULARITIES:
+        size = query_heads // kv_heads if granularity == "group" else 1
+        rows = (tuple(range(size)), (), tuple(range(query_heads - size, query_heads)))
+        heads = HeadMap(query_heads=query_heads, kv_heads=kv_heads, granularity=granularity, retrieval=rows)
+        indexer = random_indexer(heads)
+        with oracle(model, heads, CONFIG, indexer):
+            want = logits(model, ids, mask)
+        check_modes(model, heads, CONFIG, indexer, want, ids, mask)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_ragged_batch_equals_each_row_alone(family, granularity):
+    model = shared_model(family, dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        for chunks in (None, [9, 1, 20, 1]):
+            together = logits(model, ids, mask, chunks)
+            for row, real in enumerate(mask):
+                assert_same(together[row, real], logits(model, ids[row, real][None])[0])
+
+
+def test_padding_longer_than_the_window_fed_token_by_token():
+    """A row that is nothing but padding when local heads begin to drop, one token at a time."""
+    model = shared_model("llama", dtype=torch.float64)
+    ids, mask = left_padded([50, 3, 20])
+    heads = head_map(model)
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        together = logits(model, ids, mask, [1])
+        assert together.isfinite().all()
+        for row, real in enumerate(mask):
+            assert_same(together[row, real], logits(model, ids[row, real][None])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_short_sequences_are_bit_equal_to_the_unmodified_model(family, dtype):
+    model = shared_model(family, dtype=dtype)
+    heads = head_map(model)
+    longest = CONFIG.window_tokens + CONFIG.sink_tokens
+    for lengths in ([longest], [1], [longest, longest - 5, 3]):
+        ids, mask = left_padded(lengths)
+        mask = mask if len(lengths) > 1 else None
+        for chunks in (None, [longest], [7, 1, 3, 1]):
+            want = logits(model, ids, mask, chunks)
+            with attached(model, heads, CONFIG, random_indexer(heads)):
+                got = logits(model, ids, mask, chunks)
+            if mask is not None:
+                got, want = got[mask], want[mask]
+            # an expert's batch holds padding as well, whose other values give it another shape and other rounding
+            slack = 0.0 if family != "qwen3_moe" or mask is None else 64 * torch.finfo(dtype).eps
+            torch.testing.assert_close(got, want, atol=slack, rtol=0)
+    ids = tokens(longest + 1)  # one more token, and it is sparse
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        got = logits(model, ids)
+    want = logits(model, ids)
+    assert not torch.equal(got[:, -1], want[:, -1])
+
+
+def test_no_indexer_leaves_retrieval_heads_dense():
+    model = shared_model("llama", dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model)
+    with oracle(model, heads, dataclasses.replace(CONFIG, top_p=1.0)):
+        want = logits(model, ids, mask)
+    check_modes(model, heads, CONFIG, None, want, ids, mask)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_equal_the_oracles(granularity):
+    model = tiny_model("qwen3", dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+
+    def gradients():
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+        out.log_softmax(-1)[mask].square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    with oracle(model, heads, CONFIG, indexer):
+        want = gradients()
+    attach(model, heads, CONFIG, indexer)
+    try:
+        for checkpointing in (False, True):
+            if checkpointing:
+                checkpoint_activations(model.train(), True)
+            got = gradients()
+            assert got.keys() == want.keys()
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    finally:
+        detach(model)
+
+
+def test_single_token_with_gradients_enabled():
+    model = shared_model("llama", dtype=torch.float64)
+    ids = tokens(40)
+    heads = head_map(model)
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        want = logits(model, ids)
+        cache = DynamicCache()
+        model(ids[:, :-1], past_key_values=cache)
+        out = model(ids[:, -1:], past_key_values=cache).logits
+    assert out.requires_grad
+    assert_same(out[:, 0].detach(), want[:, -1])
+
+
+def test_paused_is_dense_and_resumes():
+    model = shared_model("llama", dtype=torch.float64)
+    ids = tokens(50)
+    dense = logits(model, ids)
+    heads = head_map(model)
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        sparse = logits(model, ids)
+        with paused(model):
+            assert torch.equal(logits(model, ids), dense)
+        assert torch.equal(logits(model, ids), sparse)
+    assert not torch.equal(sparse, dense)
+
+
+def test_custom_masks_are_refused():
+    model = shared_model("llama")
+    ids = tokens(40)
+    heads = head_map(model)
+    with attached(model, heads, CONFIG):
+        with pytest.raises(ValueError, match=r"2D attention mask.*custom 4D masks are not supported"):
+            model(ids, attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool).tril())
+        packed = torch.cat([torch.arange(20), torch.arange(20)])[None]
+        with pytest.raises(ValueError, match=r"Packed sequences and custom masks are not supported.*one document a row"):
+            model(ids, position_ids=packed, use_cache=False)
