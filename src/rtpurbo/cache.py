@@ -111,6 +111,11 @@ class SparseLayer(CacheLayerMixin):
         self.is_initialized = False
 
     @property
+    def roles(self) -> tuple[list[int], int, int]:
+        """What decides which tokens are kept: (full KV heads, window, sinks)."""
+        return self.full_heads, self.window_tokens, self.sink_tokens
+
+    @property
     def is_split(self) -> bool:
         """Whether local KV heads have begun to drop tokens."""
         return self._sinks is not None
@@ -121,6 +126,11 @@ class SparseLayer(CacheLayerMixin):
         Args:
             real: [B, N] bool over all slots so far, these included; None when nothing is padded.
         """
+        if index_k is not None and len(self._buffers.get("index_k", ())) != self._length:
+            raise ValueError(
+                "Some tokens of this cache have no index keys: they were written with top_p=1 or without an indexer. "
+                "Start a new cache to select with top_p below 1."
+            )
         new = {"index_k": index_k} if index_k is not None else {}
         if self.is_split:
             new |= {"full_k": k[:, self.full_heads], "full_v": v[:, self.full_heads]}
@@ -258,7 +268,7 @@ def split_heads(k: Tensor, v: Tensor, index_k: Tensor | None, layer: SparseLayer
 def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
     """The cache's SparseLayer number `layer_idx`, made by `new_layer()` in place of an empty dynamic layer.
 
-    ValueError for a cache that cannot hold one (static, quantised, offloaded, or filled by a dense model).
+    ValueError for a cache that cannot hold one (static, quantised, offloaded, or filled by another model).
     """
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         raise ValueError(
@@ -267,16 +277,22 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
         )
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, SparseLayer):
+    layer, empty = cache.layers[layer_idx], new_layer()
+    held = layer.get_seq_length()
+    if isinstance(layer, SparseLayer) and layer.roles == empty.roles:
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length() > 0:
+    if held > 0:
+        by = "another head map, window or number of sinks" if isinstance(layer, SparseLayer) else "a dense model"
         raise ValueError(
-            f"Layer {layer_idx} of this cache already holds {layer.get_seq_length()} tokens in a {type(layer).__name__}, "
-            "written by a dense model. Start a new cache for the sparse model."
+            f"This cache was filled by {by}: its layer {layer_idx} holds {held} tokens already. Start a new cache."
         )
-    cache.layers[layer_idx] = new_layer()
-    return cache.layers[layer_idx]
+    if not isinstance(layer, SparseLayer) and type(layer) is not DynamicLayer:
+        raise ValueError(
+            f"Layer {layer_idx} of this cache is a {type(layer).__name__}; a sparse model needs a DynamicLayer there. "
+            "Pass past_key_values=DynamicCache(config=model.config)."
+        )
+    cache.layers[layer_idx] = empty
+    return empty
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -34,6 +34,7 @@ from .progress import track
 
 CAN_COPY = 0.5
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
+LONGEST_TOKENS = 32768
 KINDS = ("span", "question", "text")
 TEXT_POSITIONS = 512
 
@@ -131,9 +132,10 @@ def calibrate(
 
 
 def default_lengths(context: int, sparse: SparseConfig) -> tuple[int, ...]:
-    """An eighth, a quarter and a half of the context, none shorter than twice window + sinks, or the context itself."""
+    """A quarter, a half and all of the context (at most 32768), none shorter than twice window + sinks."""
+    context = min(context, LONGEST_TOKENS)
     shortest = 2 * (sparse.window_tokens + sparse.sink_tokens)
-    return tuple(sorted({min(context, max(shortest, context // part)) for part in (8, 4, 2)}))
+    return tuple(sorted({min(context, max(shortest, context // part)) for part in (4, 2, 1)}))
 
 
 def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) -> None:

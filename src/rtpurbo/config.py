@@ -64,7 +64,7 @@ class CalibrateConfig:
     """Score heads by the needle's attention and by what the model loses without their far attention (effect), by
     needle and far attention mass (attention), or by the needle alone (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
-    """Document lengths in tokens; empty: an eighth, a quarter and a half of the context, at least 2 windows."""
+    """Document lengths in tokens; empty: a quarter, a half and all of the context, at least 2 windows."""
     documents: int = 9
     """Documents per length: repeated spans, questions and ordinary text in turn."""
     needle_tokens: int = 48
