@@ -269,9 +269,8 @@ def test_beam_search_is_refused(llama):
 
 
 def test_offloading_is_refused(llama):
-    cache = DynamicCache()
-    cache.offloading = True
-    with refused(r"needs a transformers DynamicCache without offloading.*Leave cache_implementation unset"):
+    cache = DynamicCache(offloading=True)
+    with refused(r"without offloading, got DynamicCache with offloading\. Leave cache_implementation unset"):
         llama(tokens(30), past_key_values=cache)
     cache, _ = filled_cache(llama, tokens(30))
     for method in ("offload", "prefetch"):

@@ -44,6 +44,7 @@ _EXTRA = {
     },
     "gemma3_text": {
         "query_pre_attn_scalar": HEAD_DIM,
+        "tie_word_embeddings": False,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", *["full_attention"] * 3],
         "sliding_window": 10,

@@ -270,9 +270,11 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
 
     ValueError for a cache that cannot hold one (static, quantised, offloaded, or filled by another model).
     """
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+    offloading = getattr(cache, "offloading", False)
+    if not isinstance(cache, DynamicCache) or offloading:
+        got = f"{type(cache).__name__}{' with offloading' if offloading else ''}"
         raise ValueError(
-            f"A sparse model needs a transformers DynamicCache without offloading, got {type(cache).__name__}. "
+            f"A sparse model needs a transformers DynamicCache without offloading, got {got}. "
             "Leave cache_implementation unset or pass past_key_values=DynamicCache()."
         )
     while len(cache.layers) <= layer_idx:
