@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import IMPLEMENTATION, LayerState, Recorder, mask_interface, sparse_forward
 from .config import SparseConfig
@@ -117,11 +120,50 @@ def paused(model: PreTrainedModel) -> Iterator[None]:
         text_config._attn_implementation = IMPLEMENTATION
 
 
-def checkpoint_activations(model: PreTrainedModel, on: bool) -> None:
-    """Switch the model's own activation checkpointing (in training mode) on or off."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"  # renamed in Transformers 5.2x
-    getattr(base, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
+P = ParamSpec("P")
+T = TypeVar("T")
+_FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with` block; modes, gradient flags and activation checkpointing are as before after it."""
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    modules = [(m, {name: m.__dict__[name] for name in _FLAGS if name in m.__dict__}) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, before in modules:
+            for name in _FLAGS:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(before)
+        for parameter, trainable in parameters:
+            parameter.requires_grad_(trainable)
+
+
+def gives_back(stage: Callable[P, T]) -> Callable[P, T]:
+    """Decorator for stages: `borrowed` around their first argument, the model."""
+
+    @wraps(stage)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0] if args else kwargs["model"]
+        with borrowed(model):
+            return stage(*args, **kwargs)
+
+    return run
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute every decoder layer in the backward pass, until `borrowed` ends.
+
+    The model's own switch would leave a hook on the embeddings behind, and its layers work in training mode only, where
+    dropout would make steps differ; here no module inside a layer is in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing = True
+            module.__dict__["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attached, checkpoint_activations, recording
+from .attach import attached, borrowed, checkpoint_activations, gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_window_tokens
@@ -51,6 +51,7 @@ class DocumentScore:
     """Share of the repeated span that the model predicts (span documents)."""
 
 
+@gives_back
 def calibrate(
     model: Any,
     tokenizer: Any,
@@ -240,12 +241,10 @@ def _effects(
         return hook
 
     hooks = [m.o_proj.register_forward_pre_hook(gate(layer)) for layer, m in modules.items()]  # type: ignore[union-attr]
-    frozen = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p in frozen:
-            p.requires_grad_(False)
-        checkpoint_activations(model.train(), True)
-        with torch.enable_grad(), recording(model, watch):
+        with borrowed(model), torch.enable_grad(), recording(model, watch):
+            model.requires_grad_(False)
+            checkpoint_activations(model)
             logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
             want = tokens[targets + 1].to(logits.device)[:, None]
             scores = logits.float()
@@ -253,9 +252,6 @@ def _effects(
             others = scores.scatter(1, want, -torch.inf) if margin else scores
             (others.logsumexp(-1) - right).mean().backward()
     finally:
-        checkpoint_activations(model.eval(), False)
-        for p in frozen:
-            p.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     for layer, values in gates.items():

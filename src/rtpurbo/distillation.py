@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attach, checkpoint_activations, detach, paused
+from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
 from .data import TRAINING_TEMPLATES, documents, retrieval_sample
 from .families import context_tokens
-from .training import train, trainable_state
+from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -71,6 +71,7 @@ def training_example(
     return tokens, torch.tensor(sorted(set(body) | set(answers)))
 
 
+@gives_back
 def distill(
     model: Any,
     tokenizer: Any,
@@ -86,14 +87,15 @@ def distill(
     Args:
         model: the artefact's base model, dense; given back unchanged.
         work: directory for states, metrics and the distilled weights; default: a temporary one for the weights only.
-        accelerator: an accelerate.Accelerator (FSDP for several GPUs); default: one made here.
+        accelerator: an accelerate.Accelerator, with a FullyShardedDataParallelPlugin(fsdp_version=2) to shard what is
+            trained; default: one made here. Leave its mixed precision at "no": on GPUs bfloat16 is switched on here.
 
     Returns:
         The artefact with distilled weights and this stage's metrics.
 
     Raises:
         ValueError: an artefact without indexer or for other weights, documents not longer than the window or beyond the
-            context, too little text, or a loss that became NaN.
+            context, too little text, several processes without `work`, or a loss that became NaN.
     """
     from accelerate import Accelerator
 
@@ -103,22 +105,24 @@ def distill(
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
     if artifact.indexer is None:
         raise ValueError("This artefact has no indexer yet; run stage 1 (`rtpurbo train-indexer`) before distillation.")
+    if work is None and accelerator.num_processes > 1:
+        raise ValueError("Several processes need a directory `work`, the same for all of them.")
     check_fingerprint(model, artifact)
     context = context_tokens(model)
     length = config.length_tokens or min(context, 32768)
     check_lengths((length,), context, artifact.config)
     total = config.steps * config.batch_size * accelerator.num_processes
     texts = documents(sources, tokenizer, length_tokens=length, count=max(1, min(total, 512)), seed=config.seed + 1)
-    trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
-    student = _student(model, config)
-    with torch.no_grad():
-        attach(student, artifact.heads, artifact.config, artifact.indexer)
+    sharded = accelerator.num_processes > 1 and accelerator.is_fsdp2  # in place, so never the caller's model
+    student = _student(copy.deepcopy(model) if sharded else model, config)
     try:
+        with torch.no_grad():
+            attach(student, artifact.heads, artifact.config, artifact.indexer)
         if config.gradient_checkpointing:
-            checkpoint_activations(student, True)
-        prepared = accelerator.prepare(student) if accelerator.num_processes > 1 else student
-        device = model.device
+            checkpoint_activations(student)
+        prepared = prepare(student, accelerator)
+        device = next(prepared.parameters()).device
         world, rank = accelerator.num_processes, accelerator.process_index
 
         def step(number: int) -> dict[str, float]:
@@ -130,7 +134,6 @@ def distill(
                 )
                 tokens, labels = tokens[None].to(device), labels.to(device)
                 want = _teach(model, student, prepared, config, tokens, labels)
-                prepared.train()
                 with _autocast(device):
                     got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
                 loss = top_kl(got, want, config.top_logits).mean() / config.batch_size
@@ -141,19 +144,22 @@ def distill(
                 total_loss, agree = (accelerator.reduce(x, reduction="mean") for x in (total_loss, agree))
             return {"loss": float(total_loss), "top1_agreement": float(agree)}
 
-        history = train(prepared, step, config, what="Stage 2: distilling", accelerator=accelerator, work=work)
+        history = train(
+            prepared,
+            step,
+            config,
+            what="Stage 2: distilling",
+            accelerator=accelerator,
+            work=work,
+            inputs=stage_inputs(artifact, sources),
+        )
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
         accelerator.wait_for_everyone()
     finally:
         detach(student)
-        if config.gradient_checkpointing:
-            checkpoint_activations(student, False)
-        if config.weights == "lora":
+        if config.weights == "lora" and not sharded:
             student.unload()
             model.__dict__.pop("peft_config", None)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trainable_before[name])
-        model.eval()
     metrics: dict[str, Any] = {}
     if history:
         tail = history[-max(1, len(history) // 10) :]
@@ -185,8 +191,8 @@ def _student(model: Any, config: DistillConfig) -> Any:
 def _teach(model: Any, student: Any, prepared: Any, config: DistillConfig, tokens: Tensor, labels: Tensor) -> Tensor:
     """Dense logits [labels, vocabulary]; with LoRA from the student's own weights, adapter off and attention dense."""
     if config.weights == "full":
-        return model(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
-    prepared.eval()
+        here = model.device
+        return model(input_ids=tokens.to(here), logits_to_keep=labels.to(here), use_cache=False).logits[0].to(tokens.device)
     with student.disable_adapter(), paused(student), _autocast(tokens.device):
         return prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
 
@@ -199,7 +205,8 @@ def _write_weights(
     target = Path(tempfile.mkdtemp(prefix="rtpurbo-")) if work is None else work / config.weights
     if not main:
         return target
-    student.save_pretrained(target, state_dict=state)
+    options = {"save_embedding_layers": False} if config.weights == "lora" else {}  # PEFT would ask the hub about them
+    student.save_pretrained(target, state_dict=state, **options)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's card template; the artefact has its own
     if config.weights == "full":
         tokenizer.save_pretrained(target)

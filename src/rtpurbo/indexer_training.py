@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import recording
+from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
 from .config import IndexerConfig
@@ -31,7 +31,7 @@ from .heads import HeadMap
 from .indexer import LayerIndexer, indexer_from_state, make_indexer
 from .ops import index_scores, top_p_threshold
 from .progress import track
-from .training import train, trainable_state
+from .training import stage_inputs, train, trainable_state
 
 CAPTURED_PER_STEP = 4
 """Query positions kept per document, in multiples of those that one step uses."""
@@ -155,6 +155,7 @@ def _inverse_root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
 
 
+@gives_back
 def train_indexer(
     model: Any,
     tokenizer: Any,
@@ -241,7 +242,16 @@ def train_indexer(
             total = accelerator.reduce(total, reduction="mean")
         return {"loss": float(total)}
 
-    history = train(indexer, step, config, what="Stage 1: training the index", accelerator=accelerator, work=work, clip=None)
+    history = train(
+        indexer,
+        step,
+        config,
+        what="Stage 1: training the index",
+        accelerator=accelerator,
+        work=work,
+        inputs=stage_inputs(artifact, sources),
+        clip=None,
+    )
     metrics = measure(model, indexer, measured, heads, sparse.top_p, sparse.window_tokens, sparse.sink_tokens)
     metrics["loss_first"], metrics["loss_last"] = ((history[0]["loss"], history[-1]["loss"]) if history else (None, None))
     return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..attach import attached, paused
+from ..attach import attached, gives_back, paused
 from ..checkpoint import Artifact, check_fingerprint
 from ..config import EvalConfig
 from ..data import documents
@@ -55,6 +55,7 @@ def both(model: Any, artifact: Artifact) -> Iterator[Any]:
             model.__dict__.pop("peft_config", None)
 
 
+@gives_back
 def evaluate(
     model: Any,
     tokenizer: Any,
