@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from oracle import oracle
-from rtpurbo.attach import attach, attached, checkpoint_activations, detach, paused
+from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused
 from rtpurbo.heads import HeadMap
 from tiny import (
     CONFIG,
@@ -282,8 +282,7 @@ def test_gradients_equal_the_oracles(granularity):
 
     with oracle(model, heads, CONFIG, indexer):
         want = gradients()
-    attach(model, heads, CONFIG, indexer)
-    try:
+    with attached(model, heads, CONFIG, indexer), borrowed(model):
         for checkpointing in (False, True):
             if checkpointing:
                 checkpoint_activations(model)
@@ -291,8 +290,6 @@ def test_gradients_equal_the_oracles(granularity):
             assert got.keys() == want.keys()
             for name in want:
                 torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    finally:
-        detach(model)
 
 
 def test_single_token_with_gradients_enabled():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -23,6 +22,8 @@ from .heads import HeadMap
 from .indexer import indexer_from_state
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from .checkpoint import Artifact
@@ -55,10 +56,15 @@ def attach(
     modules = attention_layers(model)
     layers, query_heads, kv_heads, head_dim = head_counts(model)
     got = (len(heads.retrieval), heads.query_heads, heads.kv_heads)
-    if got != (layers, query_heads, kv_heads) or set(heads.layers) != set(modules):
+    if got != (layers, query_heads, kv_heads):
         raise ValueError(
             f"The head map is for {got[0]} layers of {got[1]} query and {got[2]} KV heads; "
             f"this model has {layers} layers of {query_heads} and {kv_heads}. Calibrate this model."
+        )
+    if heads.layers != tuple(modules):
+        mine, its = (", ".join(map(str, numbers)) for numbers in (heads.layers, modules))
+        raise ValueError(
+            f"The head map converts layers {mine}; this model's full-attention layers are {its}. Calibrate this model."
         )
     if isinstance(indexer, dict):
         indexer = indexer_from_state(indexer, heads, head_dim=head_dim, index_dim=config.index_dim)
@@ -193,6 +199,39 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
+def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
+    """A PEFT model around `model` with the LoRA adapter in `path`, in eval mode; `model` is as it was after the block.
+
+    ValueError when the adapter does not fit the model.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(path))
+    config.inference_mode = True
+    attributes = dict(model.__dict__)
+    sparse = None
+    with borrowed(model):
+        try:
+            try:
+                sparse = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+                result = sparse.load_adapter(str(path), "default", torch_device=str(model.device))
+                unfit = [*result.missing_keys, *result.unexpected_keys]
+                if unfit:
+                    raise ValueError(f"tensor {unfit[0]!r} is {'missing' if result.missing_keys else 'not in the model'}")
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[-1].strip()
+                raise ValueError(f"The adapter in {str(path)!r} does not fit the model: {reason}. Distil again.") from error
+            yield sparse.eval()
+        finally:
+            if sparse is not None:
+                sparse.unload()
+            if model.__dict__.get("_require_grads_hooks") is not attributes.get("_require_grads_hooks"):
+                model.disable_input_require_grads()  # PEFT adds hooks where activations are checkpointed
+            model.__dict__.clear()
+            model.__dict__.update(attributes)
+
+
+@contextmanager
 def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float | None = None) -> Iterator[Any]:
     """Borrow a model: sparse inside the `with` block, as it was after it.
 
@@ -217,18 +256,9 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
     config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p)
-    sparse: Any = model
-    if artifact.weights_kind == "lora":
-        from peft import PeftModel
-
-        sparse = PeftModel.from_pretrained(model, str(artifact.weights_path))  # type: ignore[arg-type]
-        sparse.eval()
-    try:
-        with torch.no_grad():
-            attach(sparse, artifact.heads, config, artifact.indexer)
+    lora = artifact.weights_kind == "lora"
+    with (
+        adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]
+        attached(sparse, artifact.heads, config, artifact.indexer),
+    ):
         yield sparse
-    finally:
-        detach(sparse)
-        if sparse is not model:
-            sparse.unload()
-            model.__dict__.pop("peft_config", None)

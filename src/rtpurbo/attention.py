@@ -135,7 +135,7 @@ def sparse_forward(
     length = cache.get_seq_length() if cache is not None else k.shape[2]
     real = None if attention_mask is None else attention_mask[:, :length]
     short = length <= state.config.window_tokens + state.config.sink_tokens
-    if short or not state.local and not selects:
+    if short or (not state.local and not selects):
         k_all, v_all = cache.all_heads() if cache is not None else (k, v)
         mask = _dense_mask(q.shape[2], length, real, q.device)
         dropout = self.attention_dropout if self.training else 0.0
@@ -181,8 +181,8 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
     if state.local:
         # local query heads read local KV heads first, then full ones
         size, local_rows = state.group_size, len(state.local_kv)
-        rows = [local_rows + state.full_kv.index(h // size) if h // size in state.full_kv else state.local_kv.index(h // size)
-                for h in state.local]  # fmt: skip
+        groups = [h // size for h in state.local]
+        rows = [local_rows + state.full_kv.index(g) if g in state.full_kv else state.local_kv.index(g) for g in groups]
         k, v, sink_k, sink_v = kv.local_k, kv.local_v, kv.sink_k, kv.sink_v
         first = kv.first_slot
         if state.dense_rows:

@@ -19,7 +19,7 @@ from .ops.reference import sink_slots
 
 
 class TokenBuffer:
-    """Tokens [B, H, length, D] in one tensor that grows by an eighth, so that appending is cheap; the front can be dropped."""
+    """Tokens [B, H, length, D] in one tensor that grows by an eighth, so that appending is cheap; its front can go."""
 
     def __init__(self, tokens: Tensor):
         self._data = tokens.contiguous()

@@ -69,10 +69,10 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def _is_sliding(module: nn.Module, config) -> bool:
-    if config.model_type == "mistral":
-        return config.sliding_window is not None
     layer_types = getattr(config, "layer_types", None)
-    return layer_types is not None and layer_types[module.layer_idx] != "full_attention"  # type: ignore[index]
+    if layer_types is None:
+        return getattr(config, "sliding_window", None) is not None
+    return layer_types[module.layer_idx] != "full_attention"  # type: ignore[index]
 
 
 def head_counts(model: PreTrainedModel) -> tuple[int, int, int, int]:

@@ -106,7 +106,7 @@ def window_attention(
     Returns:
         [B, H, T, D]
     """
-    batch, heads, queries, dim = q.shape
+    batch, heads, queries, _ = q.shape
     last = first_slot + k.shape[2]
     rows = min(queries, max(64, window_tokens // 2))  # queries per band
     width = window_tokens - 1 + rows  # slots per band
