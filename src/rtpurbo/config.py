@@ -17,6 +17,9 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got!r}.")
 
 
+_NUMBERS: dict[Any, tuple[Any, str]] = {"int": (int, "a whole number"), "float": ((int, float), "a number")}
+
+
 def from_dict(cls: type[T], values: dict[str, Any], *, where: str) -> T:
     """Build dataclass `cls` from a plain dict; an unknown key raises ValueError with the nearest valid name."""
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -24,6 +27,12 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str) -> T:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
             raise ValueError(f"Unknown key {key!r} in {where}; did you mean {near[0]!r}? Valid keys: {', '.join(names)}.")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in values and field.type in _NUMBERS:
+            kinds, expected = _NUMBERS[field.type]
+            value = values[field.name]
+            fits = isinstance(value, kinds) and not isinstance(value, bool)
+            _require(fits, f"{field.name} in {where}", expected, value)
     try:
         return cls(**values)
     except TypeError as error:

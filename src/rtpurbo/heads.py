@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Granularity, _require
+from .config import Granularity, _require, from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,11 @@ class HeadMap:
                 maximum of its query heads.
         """
         rows = [row for row in scores if row is not None]
+        if not rows:
+            raise ValueError("Nothing to choose from: no layer has scores.")
+        for layer, row in enumerate(scores):
+            if row is not None and not all(map(math.isfinite, row)):
+                raise ValueError(f"The scores of layer {layer} must be finite numbers, got {row}.")
         query_heads = len(rows[0])
         size = query_heads // kv_heads if granularity == "group" else 1
         ranked = sorted(
@@ -152,14 +158,14 @@ class HeadMap:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadMap:
         """Inverse of `to_dict`; ValueError for unknown or impossible entries."""
-        from .config import from_dict
-
-        values = dict(values)
         rows = values.get("retrieval")
         if not isinstance(rows, list):
             raise ValueError(f"heads.retrieval must be a list with one entry per layer, got {rows!r}.")
-        values["retrieval"] = tuple(None if row is None else tuple(row) for row in rows)
-        return from_dict(cls, values, where="the head map")
+        for layer, row in enumerate(rows):
+            numbers = row is None or (isinstance(row, list) and all(type(h) is int for h in row))
+            _require(numbers, f"heads.retrieval[{layer}]", "a list of head numbers or null", row)
+        retrieval = tuple(None if row is None else tuple(row) for row in rows)
+        return from_dict(cls, {**values, "retrieval": retrieval}, where="the head map")
 
     def __str__(self) -> str:
         """The map as text: a line per layer, `R` retrieval, `l` local query head whose KV head is full, `.` local."""

@@ -125,7 +125,8 @@ def closed_form_start(indexer: nn.ModuleDict, captures: list[dict[int, Capture]]
         assert isinstance(layer, LayerIndexer)
         some = [c[int(name)] for c in captures]
         for unit in range(layer.query.shape[0]):
-            query, key = (0.0, 0.0), (0.0, 0.0)  # running sums, as (matrix, count)
+            query: tuple[Any, int] = (0.0, 0)  # a running sum and its number of terms
+            key: tuple[Any, int] = (0.0, 0)
             cross: Any = 0.0
             for c in some:
                 attention = target_attention(c)[unit]
@@ -219,7 +220,7 @@ def train_indexer(
     if config.start == "closed_form":
         first = [fetch(i) for i in track(range(min(4, len(texts))), total=min(4, len(texts)), what="Closed-form start")]
         closed_form_start(indexer, first)
-    units = sum(layer.query.shape[0] for layer in indexer.values())  # type: ignore[union-attr]
+    units = sum(len(heads.units(layer)) for layer in heads.layers)
     world, rank = accelerator.num_processes, accelerator.process_index
 
     def step(number: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ def sparse_attention(
     scaling: float,
     real: Tensor | None = None,
 ) -> Tensor:
-    """Sparse attention of a layer, all heads: q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D] (paper, section 3)."""
+    """Sparse attention of a layer (paper, section 3): q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D]."""
     query_heads, kv_heads, queries, slots = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     k_slots = torch.arange(slots, device=q.device)
     q_slots = k_slots[slots - queries :]

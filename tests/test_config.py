@@ -1,0 +1,146 @@
+"""Settings: limits with their messages, unknown keys, and the frozen public surface."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+
+import pytest
+
+import rtpurbo
+from rtpurbo import checkpoint, config
+from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, TrainConfig, from_dict
+
+ALL = [SparseConfig, CalibrateConfig, TrainConfig, IndexerConfig, DistillConfig, EvalConfig]
+
+
+def test_public_names():
+    assert rtpurbo.__all__ == [
+        "Artifact",
+        "HeadMap",
+        "SparseConfig",
+        "calibrate",
+        "convert",
+        "distill",
+        "evaluate",
+        "load",
+        "sparsify",
+        "train_indexer",
+    ]
+    for name in ("Artifact", "HeadMap", "SparseConfig", "calibrate", "distill", "evaluate", "load", "sparsify"):
+        assert getattr(rtpurbo, name).__name__ == name
+    assert rtpurbo.SparseConfig is SparseConfig
+    with pytest.raises(AttributeError, match=r"module 'rtpurbo' has no attribute 'sparsifi'"):
+        rtpurbo.sparsifi  # noqa: B018
+
+
+def test_artefact_keys():
+    assert checkpoint._KEYS == ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
+    assert checkpoint.FORMAT_VERSION == 1
+    assert checkpoint.CONFIG_FILE == "rtpurbo_config.json"
+    fields = [f.name for f in dataclasses.fields(rtpurbo.Artifact)]
+    assert fields == ["base_model", "config", "heads", "stages", "indexer", "weights_kind", "weights_path"]
+
+
+def test_sparse_config_fields_and_defaults():
+    assert dataclasses.asdict(SparseConfig()) == {"window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_frozen_and_keyword_only(cls):
+    instance = cls()
+    field = dataclasses.fields(cls)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(instance, field, getattr(instance, field))
+    with pytest.raises(TypeError):
+        cls(1)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_field_is_documented(cls):
+    """A field's docstring is its help text, so that each one must have it, in the class or in one it inherits from."""
+    documented = set()
+    for base in cls.__mro__[:-1]:
+        body = ast.parse(inspect.getsource(base)).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                assert text.value.value.strip()
+                documented.add(field.target.id)
+    assert {f.name for f in dataclasses.fields(cls)} <= documented
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (SparseConfig, {"window_tokens": 0}, r"window_tokens must be at least 1 token, got 0\."),
+        (SparseConfig, {"sink_tokens": -1}, r"sink_tokens must be 0 or more tokens, got -1\."),
+        (SparseConfig, {"index_dim": 0}, r"index_dim must be at least 1, got 0\."),
+        (SparseConfig, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
+        (SparseConfig, {"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1\.01\."),
+        (SparseConfig, {"top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan\."),
+        (CalibrateConfig, {"granularity": "layer"}, r"granularity must be 'head' or 'group', got 'layer'\."),
+        (CalibrateConfig, {"retrieval_ratio": 0}, r"retrieval_ratio must be in \(0, 1\], got 0\."),
+        (CalibrateConfig, {"threshold": 2.0}, r"threshold must be in \[0, 1\], got 2\.0\."),
+        (CalibrateConfig, {"needle_tokens": 7}, r"needle_tokens must be at least 8 tokens, got 7\."),
+        (TrainConfig, {"steps": -1}, r"steps must be 0 or more, got -1\."),
+        (TrainConfig, {"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0\."),
+        (IndexerConfig, {"steps": -1}, r"steps must be 0 or more, got -1\."),
+        (IndexerConfig, {"start": "svd"}, r"start must be 'closed_form' or 'random', got 'svd'\."),
+        (DistillConfig, {"batch_size": 0}, r"batch_size must be at least 1, got 0\."),
+        (DistillConfig, {"weights": "qlora"}, r"weights must be 'lora' or 'full', got 'qlora'\."),
+        (EvalConfig, {"lengths_tokens": ()}, r"lengths_tokens must be at least one length, got \(\)\."),
+        (EvalConfig, {"samples": (1, 2, 3)}, r"samples must be one number, or one per length, got \(1, 2, 3\)\."),
+        (EvalConfig, {"kinds": ("single", "double")}, r"kinds must be among single, multi_key, .*, got 'double'\."),
+    ],
+)
+def test_limits(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**values)
+
+
+@pytest.mark.parametrize(
+    "values", [{"window_tokens": 1}, {"sink_tokens": 0}, {"index_dim": 1}, {"top_p": 1.0}, {"top_p": 1e-6}]
+)
+def test_limits_themselves_are_allowed(values):
+    assert dataclasses.replace(SparseConfig(), **values) == SparseConfig(**values)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_dict_round_trip(cls):
+    assert from_dict(cls, dataclasses.asdict(cls()), where="here") == cls()
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("window", "window_tokens"), ("sinks", "sink_tokens"), ("topp", "top_p"), ("dim", "index_dim")]
+)
+def test_unknown_key_names_the_nearest(key, nearest):
+    message = rf"Unknown key '{key}' in the file; did you mean '{nearest}'\? Valid keys: window_tokens, sink_tokens, "
+    with pytest.raises(ValueError, match=message):
+        from_dict(SparseConfig, {key: 1}, where="the file")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window_tokens": "8"}, r"window_tokens in the file must be a whole number, got '8'\."),
+        ({"window_tokens": 8.5}, r"window_tokens in the file must be a whole number, got 8\.5\."),
+        ({"window_tokens": True}, r"window_tokens in the file must be a whole number, got True\."),
+        ({"sink_tokens": None}, r"sink_tokens in the file must be a whole number, got None\."),
+        ({"top_p": "0.9"}, r"top_p in the file must be a number, got '0\.9'\."),
+        ({"top_p": 5}, r"top_p must be in \(0, 1\], got 5\."),
+    ],
+)
+def test_wrong_types_in_a_file(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(SparseConfig, values, where="the file")
+
+
+def test_a_whole_number_is_a_number():
+    assert from_dict(SparseConfig, {"top_p": 1}, where="the file").top_p == 1
+
+
+@pytest.mark.parametrize(
+    ("context", "window"), [(128, 256), (2048, 256), (4096, 512), (32768, 4096), (65536, 8192), (1 << 20, 8192)]
+)
+def test_default_window(context, window):
+    assert config.default_window_tokens(context) == window
