@@ -13,7 +13,11 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rtpurbo.checkpoint import Artifact
+from rtpurbo.config import SparseConfig
 from rtpurbo.data import _ADJECTIVES, _NOUNS, EVALUATION_TEMPLATE, TRAINING_TEMPLATES
+from rtpurbo.heads import HeadMap
+from rtpurbo.models import fingerprint
 
 FILLERS = (
     "a about after again air all also always and any around at back be because been before began between book both boy "
@@ -165,3 +169,31 @@ def _codes(count: int) -> Tensor:
             codes - 0.5 * close @ codes / close.sum(-1, keepdim=True).clamp(min=1e-3), dim=-1
         )
     return codes
+
+
+def artifact_for(
+    model,
+    retrieval: tuple[tuple[int, ...] | None, ...] = ((), (2,)),
+    *,
+    granularity: str = "head",
+    window_tokens: int = 48,
+    index_dim: int = 8,
+    top_p: float = 0.9,
+) -> Artifact:
+    """A calibrated artefact of `model` with these retrieval heads; those of `copy_model` unless told otherwise."""
+    heads = HeadMap(query_heads=4, kv_heads=2, granularity=granularity, retrieval=retrieval)
+    base = {"name": "tiny", "revision": None, "fingerprint": fingerprint(model)}
+    config = SparseConfig(window_tokens=window_tokens, sink_tokens=4, index_dim=index_dim, top_p=top_p)
+    return Artifact(base_model=base, config=config, heads=heads)
+
+
+def everything_of(model) -> dict[str, object]:
+    """What a model that was lent must come back with: weights, flags, modes, hooks, attributes, settings."""
+    found: dict[str, object] = {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
+    for name, module in model.named_modules():
+        attributes = {k: repr(v) for k, v in module.__dict__.items() if not k.startswith("_") or k.startswith("_grad")}
+        hooks = {k: len(v) for k, v in module.__dict__.items() if k.endswith("hooks") and v is not None}
+        found[name] = (type(module), attributes, sorted(module.__dict__), hooks)
+    for name, p in model.named_parameters():
+        found[f"parameter {name}"] = (type(p), p.requires_grad, p.dtype, p.device, p.tolist(), p.grad is None)
+    return found
