@@ -32,7 +32,7 @@ from .models import fingerprint, model_identity
 from .ops import window_attention
 from .progress import track
 
-CAN_COPY = 0.5
+CAN_COPY = 0.3
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
 LONGEST_TOKENS = 32768
 KINDS = ("span", "question", "text")

@@ -31,6 +31,20 @@ FORMAT_VERSION = 1
 WORK_DIR = "work"
 """Subdirectory for states of unfinished stages and the metrics of finished ones."""
 _KEYS = ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
+_SECTIONS = {
+    "base_model": ("name", "fingerprint"),
+    "sparse": (),
+    "heads": (),
+    "stages": (),
+    "indexer": ("file", "sha256"),
+    "weights": ("kind", "directory"),
+}
+"""Sections that must be objects, and the texts that each must hold."""
+_OURS = ("rtpurbo_indexer.", "lora.", "full.", ".tmp-")
+"""Beginnings of the names that `save` gives."""
+_FILES = {"lora": ("adapter_config.json", "adapter_model.safetensors"), "full": ("config.json",)}
+"""Files that each kind of weights must hold."""
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +76,29 @@ class Artifact:
         path = find_artifact(source, revision)
         try:
             raw = json.loads((path / CONFIG_FILE).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path / CONFIG_FILE} is damaged: expected JSON ({error}). Convert again.") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{path / CONFIG_FILE} is damaged: expected a JSON object, got {type(raw).__name__}.")
         version = raw.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: its format_version is {version!r}. Convert again.")
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"{path} has artefact format {version!r}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
-                "Upgrade rtpurbo."
+                f"{path} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. Upgrade rtpurbo."
             )
         for key in raw:
             if key not in _KEYS:
                 raise ValueError(f"Unknown key {key!r} in {path / CONFIG_FILE}; valid keys: {', '.join(_KEYS)}.")
-        for key in ("base_model", "sparse", "heads"):
-            if not isinstance(raw.get(key), dict):
+        for key, needed in _SECTIONS.items():
+            section = raw.get(key, {} if key == "stages" else None)
+            if section is None and key in ("indexer", "weights"):
+                continue
+            if not isinstance(section, dict):
                 raise ValueError(f"{path / CONFIG_FILE} is damaged: {key!r} must be an object. Convert again.")
+            for name in needed:
+                if not isinstance(section.get(name), str):
+                    raise ValueError(f"{path / CONFIG_FILE} is damaged: '{key}.{name}' must be text. Convert again.")
         weights = raw.get("weights")
         artifact = cls(
             base_model=raw["base_model"],
@@ -89,7 +110,7 @@ class Artifact:
             weights_path=_inside(path, weights["directory"]) if weights else None,
         )
         if artifact.weights_path is not None:
-            _check_weights(artifact.weights_path)
+            _check_weights(artifact.weights_path, artifact.weights_kind)
         return artifact
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -101,6 +122,8 @@ class Artifact:
         """
         path = Path(directory)
         check_output(path)
+        if self.weights_path is not None:
+            _check_weights(self.weights_path, self.weights_kind)
         path.mkdir(parents=True, exist_ok=True)
         raw: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -109,27 +132,25 @@ class Artifact:
             "heads": self.heads.to_dict(),
             "stages": self.stages,
         }
-        kept = {CONFIG_FILE}
-        if self.indexer is not None:
-            content = _tensor_bytes(self.indexer)
-            name = f"rtpurbo_indexer.{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
-            if not (path / name).exists():
+        try:
+            if self.indexer is not None:
+                content = _tensor_bytes(self.indexer)
+                digest = hashlib.sha256(content).hexdigest()
+                name = f"rtpurbo_indexer.{digest[:8]}.safetensors"
                 with atomic_path(path / name) as temporary:
                     temporary.write_bytes(content)
-            raw["indexer"] = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
-            kept.add(name)
-        if self.weights_path is not None:
-            name = f"{self.weights_kind}.{_directory_digest(self.weights_path)[:8]}"
-            if not (path / name).exists():
-                with atomic_path(path / name) as temporary:
-                    shutil.copytree(self.weights_path, temporary)
-            raw["weights"] = {"kind": self.weights_kind, "directory": name}
-            kept.add(name)
-        write_json(path / CONFIG_FILE, raw)
-        for entry in path.iterdir():
-            stale = entry.name.startswith(("rtpurbo_indexer.", "lora.", "full.", ".tmp-"))
-            if stale and entry.name not in kept:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                raw["indexer"] = {"file": name, "sha256": digest}
+            if self.weights_path is not None:
+                digest = _directory_digest(self.weights_path)
+                target = path / f"{self.weights_kind}.{digest[:8]}"
+                if not target.is_dir() or not (target.samefile(self.weights_path) or _directory_digest(target) == digest):
+                    _remove(target)
+                    with atomic_path(target) as temporary:
+                        shutil.copytree(self.weights_path, temporary)
+                raw["weights"] = {"kind": self.weights_kind, "directory": target.name}
+            write_json(path / CONFIG_FILE, raw)
+        finally:
+            _sweep(path)
 
     def with_stage(self, name: str, settings: Any, metrics: dict[str, Any], **changes: Any) -> Artifact:
         """A copy with stage `name` recorded, and `changes` to other fields."""
@@ -158,15 +179,15 @@ def find_artifact(source: str | os.PathLike[str], revision: str | None = None) -
     path = Path(source)
     if (path / CONFIG_FILE).is_file():
         return path
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+    if path.exists() or len(path.parts) != 2 or str(source).startswith((".", "/", "~")) or str(source).endswith("/"):
         what = "has no rtpurbo_config.json" if path.exists() else "does not exist"
         raise ValueError(f"{str(source)!r} is not an artefact: it {what}. Make one with `rtpurbo convert`.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         found = Path(snapshot_download(str(source), revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{str(source)!r} is neither a local artefact nor a hub repository that can be reached "
             f"({type(error).__name__}). Check the name and the network."
@@ -203,19 +224,39 @@ def check_fingerprint(model: PreTrainedModel, artifact: Artifact) -> None:
         )
 
 
+def _sweep(path: Path) -> None:
+    """Remove what the config does not name: files of an earlier save, or of one that did not come to its end."""
+    config = path / CONFIG_FILE
+    text = config.read_text(errors="replace") if config.is_file() else ""
+    for entry in path.iterdir():
+        if entry.name.startswith(_OURS) and entry.name not in text:
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory, a directory under another name: half of one must never bear the name of the whole."""
+    if path.is_dir() and not path.is_symlink():
+        condemned = path
+        if not path.name.startswith(".tmp-"):
+            condemned = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
+            _remove(condemned)
+            os.replace(path, condemned)
+        shutil.rmtree(condemned)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    _remove(temporary)  # of a killed process with the same number
     try:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
@@ -253,7 +294,7 @@ def _read_tensors(path: Path, entry: dict[str, str]) -> dict[str, Tensor]:
 
     file = _inside(path, entry["file"])
     if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is not a safetensors file; nothing else is ever loaded.")
+        raise ValueError(f"{file} is not a safetensors file; only safetensors are ever loaded. Train the indexer again.")
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
@@ -266,15 +307,23 @@ def _read_tensors(path: Path, entry: dict[str, str]) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged ({error}). Fetch it again or train the indexer again.") from error
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, kind: str | None) -> None:
     """ValueError when a weights directory is incomplete, truncated or holds pickled tensors."""
     from safetensors import SafetensorError, safe_open
 
+    if kind not in _FILES:
+        raise ValueError(f"Weights of kind {kind!r} in {path.parent / CONFIG_FILE}; expected one of {', '.join(_FILES)}.")
     if not path.is_dir():
         raise ValueError(f"{path} is missing; the artefact is incomplete. Distil again.")
+    pickled = sorted(file.name for file in path.rglob("*") if file.suffix in _PICKLED)
+    if pickled:
+        raise ValueError(f"{path} holds a pickled file, {pickled[0]}; only safetensors are ever loaded. Distil again.")
+    for name in _FILES[kind]:
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing; the artefact is incomplete. Distil again.")
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{path} holds no safetensors file; nothing else is ever loaded. Distil again.")
+        raise ValueError(f"{path} holds no safetensors file; the artefact is incomplete. Distil again.")
     for file in files:
         try:
             with safe_open(str(file), framework="pt"):

@@ -127,8 +127,12 @@ class IndexerConfig(TrainConfig):
     """Sampled query positions per document and step."""
     start: Literal["closed_form", "random"] = "closed_form"
     """Where training starts: an SVD of the whitened pre-RoPE query-key product, or random projections."""
+    retrieval_ratio: float = 0.5
+    """Share of documents that carry synthetic retrieval questions."""
     documents: int = 64
     """Different training documents; their queries and keys are kept in memory while they fit."""
+    mass_target: float | None = None
+    """Afterwards set p to the smallest that keeps this share of the attention mass (with window and sinks), in (0, 1)."""
     capture_gib: float = 4.0
     """Memory for captured queries and keys in GiB; documents beyond it are run again when their turn comes."""
 
@@ -137,6 +141,9 @@ class IndexerConfig(TrainConfig):
         _require(self.queries >= 1, "queries", "at least 1", self.queries)
         _require(self.start in ("closed_form", "random"), "start", "'closed_form' or 'random'", self.start)
         _require(self.documents >= 1, "documents", "at least 1", self.documents)
+        _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
+        target = self.mass_target
+        _require(target is None or 0.0 < target < 1.0, "mass_target", "in (0, 1)", target)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,10 +134,12 @@ def _source_documents(source: str, tokenizer: Any, prefix: list[int], length: in
     body = length - len(prefix)
     found: list[Tensor] = []
     joined: list[int] = []
-    for _ in range(4):  # passes over the texts: a long text gives another span each time
+    before = -1
+    while before < len(found):  # a long text gives another span in every pass
+        before = len(found)
         rng.shuffle(texts)
         for text in texts:
-            span = body * 10  # characters; more than any tokeniser needs for prose and code
+            span = body * 6  # characters; enough for prose and code, more is joined with the next text
             start = rng.randrange(max(1, len(text) - span + 1))
             ids = tokenizer(text[start : start + span], add_special_tokens=False, verbose=False).input_ids
             if len(ids) < body:
@@ -286,3 +288,23 @@ def retrieval_sample(
         depth=depths[0],
         kind=kind,
     )
+
+
+def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int]]:
+    """A training document: as it is, or (a share `retrieval_ratio`) with hidden facts and a question at its end.
+
+    Returns:
+        tokens [length], and the positions whose next token is part of an answer.
+    """
+    rng = random.Random(f"{seed}:mixed")
+    if rng.random() >= retrieval_ratio:
+        return document, []
+    sample = retrieval_sample(
+        document,
+        tokenizer,
+        kind=rng.choice(("single", "single", "multi_key", "multi_value", "multi_query")),
+        depth=rng.random(),
+        seed=seed,
+        template=rng.choice(TRAINING_TEMPLATES),
+    )
+    return sample.tokens, sample.label_positions

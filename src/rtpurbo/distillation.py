@@ -22,7 +22,7 @@ from torch import Tensor
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
-from .data import TRAINING_TEMPLATES, documents, retrieval_sample
+from .data import documents, mixed_document
 from .families import context_tokens
 from .training import prepare, stage_inputs, train, trainable_state
 
@@ -55,17 +55,9 @@ def training_example(
 ) -> tuple[Tensor, Tensor]:
     """Tokens [length] of one turn, and the positions [labels] whose next token is a label."""
     rng = random.Random(f"{config.seed}:example:{turn}")
-    tokens, answers = document, []
-    if rng.random() < config.retrieval_ratio:
-        sample = retrieval_sample(
-            document,
-            tokenizer,
-            kind=rng.choice(("single", "single", "multi_key", "multi_value", "multi_query")),
-            depth=rng.random(),
-            seed=f"{config.seed}:{turn}",
-            template=rng.choice(TRAINING_TEMPLATES),
-        )
-        tokens, answers = sample.tokens, sample.label_positions
+    tokens, answers = mixed_document(
+        document, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:{turn}"
+    )
     first = min(window_tokens, len(tokens) // 2)  # nothing is sparse before the window is full
     body = rng.sample(range(first, len(tokens) - 1), min(config.labels, len(tokens) - 1 - first))
     return tokens, torch.tensor(sorted(set(body) | set(answers)))

@@ -4,6 +4,7 @@
    (queries at sampled positions). Captures stay in memory while they fit.
 2. Start from a closed form: the best rank-d approximation, in the whitened space of queries and keys, of the regression
    from pre-RoPE queries and keys to the attention logits.
+   Half of the documents carry synthetic retrieval questions, whose answers' queries are always among them.
 3. Each step: one document per process, a fresh sample of its queries; KL from the head's full attention to the softmax
    of the index scores, layer by layer; AdamW.
 4. Measure on documents of another seed: KL, attention mass recalled at p, tokens selected, per head and layer.
@@ -14,7 +15,7 @@ Shapes: U index units of a layer, S query heads per unit, m sampled queries, N t
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
 from .config import IndexerConfig
-from .data import documents
+from .data import documents, mixed_document
 from .families import context_tokens, head_counts
 from .heads import HeadMap
 from .indexer import LayerIndexer, indexer_from_state, make_indexer
@@ -36,6 +37,7 @@ from .training import stage_inputs, train, trainable_state
 CAPTURED_PER_STEP = 4
 """Query positions kept per document, in multiples of those that one step uses."""
 MEASURED_DOCUMENTS = 4
+P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
 @dataclass
@@ -200,6 +202,10 @@ def train_indexer(
         sources, tokenizer, length_tokens=length, count=config.documents + MEASURED_DOCUMENTS, seed=config.seed
     )
     texts, measured = texts[:-MEASURED_DOCUMENTS], texts[-MEASURED_DOCUMENTS:]
+    mixed = [
+        mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:index:{i}")
+        for i, text in enumerate(texts)
+    ]
     kept = min(length, config.queries * CAPTURED_PER_STEP)
     store: dict[int, dict[int, Capture]] = {}
     held = 0
@@ -209,8 +215,9 @@ def train_indexer(
         if number in store:
             return store[number]
         rng = random.Random(f"{config.seed}:rows:{number}")
-        rows = torch.tensor(sorted(rng.sample(range(length), kept)))
-        found = capture(model, texts[number], rows, heads)
+        tokens, answers = mixed[number]
+        rows = torch.tensor(answers + rng.sample(range(length), kept))  # every step uses the answers' queries
+        found = capture(model, tokens, rows, heads)
         size = sum(c.nbytes() for c in found.values())
         if held + size <= config.capture_gib * 2**30:
             store[number] = found
@@ -227,11 +234,13 @@ def train_indexer(
         total = torch.zeros((), device=model.device)
         for i in range(config.batch_size):
             turn = (number * world + rank) * config.batch_size + i
-            found = fetch(_shuffled(turn, len(texts), config.seed))
+            document = _shuffled(turn, len(texts), config.seed)
+            found = fetch(document)
             rng = random.Random(f"{config.seed}:picks:{turn}")
-            picks = torch.tensor(rng.sample(range(kept), min(config.queries, kept)), device=model.device)
+            answers = len(mixed[document][1])
+            picks = list(range(answers)) + rng.sample(range(answers, answers + kept), min(config.queries, kept))
             for layer, whole in found.items():
-                c = whole.take(picks)
+                c = whole.take(torch.tensor(picks, device=model.device))
                 with torch.no_grad():
                     target = target_attention(c)
                 loss = kl_divergence(target, unit_scores(indexer[str(layer)], c)).sum() / units / config.batch_size  # type: ignore[arg-type]
@@ -253,9 +262,19 @@ def train_indexer(
         inputs=stage_inputs(artifact, sources),
         clip=None,
     )
-    metrics = measure(model, indexer, measured, heads, sparse.top_p, sparse.window_tokens, sparse.sink_tokens)
+    metrics = measure(
+        model,
+        indexer,
+        measured,
+        heads,
+        sparse.top_p,
+        sparse.window_tokens,
+        sparse.sink_tokens,
+        mass_target=config.mass_target,
+    )
+    sparse = replace(sparse, top_p=metrics["top_p"])
     metrics["loss_first"], metrics["loss_last"] = ((history[0]["loss"], history[-1]["loss"]) if history else (None, None))
-    return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer))
+    return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer), config=sparse)
 
 
 def _shuffled(turn: int, count: int, seed: int) -> int:
@@ -276,18 +295,24 @@ def measure(
     sink_tokens: int,
     *,
     queries: int = 128,
+    mass_target: float | None = None,
 ) -> dict[str, Any]:
     """How well an index finds what full attention looks at, on queries that have something far to look at.
+
+    Args:
+        mass_target: use the smallest p of `P_GRID` that keeps this attention mass (the largest if none does) instead of
+            `top_p`.
 
     Returns:
         Means over all units, and per unit ("units": layer, unit, ...): "kl" in nats; "mass_kept", full attention mass on
         selected tokens, window and sinks; "far_selected_ratio", share of the tokens outside window and sinks that was
-        selected; "tokens_selected", their number.
+        selected; "tokens_selected", their number. "top_p" is the p used, "curve" the means at every p of the grid.
     """
     if isinstance(indexer, dict):
         dim = next(iter(indexer.values())).shape[1]
         indexer = indexer_from_state(indexer, heads, head_dim=head_counts(model)[3], index_dim=dim).to(model.device)
     names = ("kl", "mass_kept", "far_selected_ratio", "tokens_selected")
+    grid = sorted({top_p, *P_GRID})
     sums: dict[tuple[int, int], Tensor] = {}
     for number, tokens in enumerate(track(texts, total=len(texts), what="Measuring the index")):
         low = min(window_tokens + sink_tokens, len(tokens) - 1)
@@ -300,16 +325,23 @@ def measure(
             age = c.rows[:, None] - slots
             far = (age >= window_tokens) & (slots >= sink_tokens)
             near = (age >= 0) & ~far
-            selected = scores >= top_p_threshold(scores, top_p)
-            mass = (target * (selected | near)).sum(-1).mean(-1)
-            chosen = (selected & far).sum(-1).float()
-            share = (chosen / far.sum(-1).clamp(min=1)).mean(-1)
-            values = torch.stack([kl_divergence(target, scores), mass, share, chosen.mean(-1)], -1)  # [U, 4]
-            for unit, row in enumerate(values.cpu()):
-                sums[layer, unit] = sums.get((layer, unit), torch.zeros(4)) + row / len(texts)
+            kl, values = kl_divergence(target, scores), []
+            for p in grid:
+                selected = scores >= top_p_threshold(scores, p)
+                mass = (target * (selected | near)).sum(-1).mean(-1)
+                chosen = (selected & far).sum(-1).float()
+                share = (chosen / far.sum(-1).clamp(min=1)).mean(-1)
+                values.append(torch.stack([kl, mass, share, chosen.mean(-1)], -1))  # [U, 4]
+            for unit, row in enumerate(torch.stack(values, 1).cpu()):  # [p, 4]
+                sums[layer, unit] = sums.get((layer, unit), torch.zeros(len(grid), 4)) + row / len(texts)
+    means = torch.stack(list(sums.values())).mean(0)
+    curve = [{"top_p": p, **dict(zip(names, row.tolist(), strict=True))} for p, row in zip(grid, means, strict=True)]
+    if mass_target is not None:
+        top_p = next((point["top_p"] for point in curve if point["mass_kept"] >= mass_target), grid[-1])
+    at = grid.index(top_p)
     per_unit = [
-        {"layer": layer, "unit": unit, **dict(zip(names, row.tolist(), strict=True))}
-        for (layer, unit), row in sorted(sums.items())
+        {"layer": layer, "unit": unit, **dict(zip(names, rows[at].tolist(), strict=True))}
+        for (layer, unit), rows in sorted(sums.items())
     ]
-    means = {name: sum(u[name] for u in per_unit) / len(per_unit) for name in names}
-    return {**means, "length_tokens": len(texts[0]), "documents": len(texts), "units": per_unit}
+    documents_seen = {"length_tokens": len(texts[0]), "documents": len(texts)}
+    return {**curve[at], **documents_seen, "curve": curve, "units": per_unit}

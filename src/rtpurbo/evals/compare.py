@@ -19,6 +19,10 @@ from .speed import measure_decode
 from .statistics import paired
 
 
+HAYSTACKS = 100
+"""Different documents per length at most; further samples hide other facts in the same documents."""
+
+
 @contextmanager
 def both(model: Any, artifact: Artifact) -> Iterator[Any]:
     """`switch(name)`: a context manager that gives the "dense" or the "sparse" model, sharing weights where possible."""
@@ -123,7 +127,7 @@ def _needles(switch: Any, tokenizer: Any, sources: Any, config: EvalConfig) -> l
     for length, count in zip(config.lengths_tokens, counts, strict=True):
         if count == 0:
             continue
-        haystacks = documents(sources, tokenizer, length_tokens=length, count=count, seed=config.seed)
+        haystacks = documents(sources, tokenizer, length_tokens=length, count=min(count, HAYSTACKS), seed=config.seed)
         for kind in config.kinds:
             samples = needle_samples(haystacks, tokenizer, kind=kind, count=count, seed=config.seed)
             plan += [(kind, length, sample) for sample in samples]

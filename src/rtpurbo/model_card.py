@@ -1,0 +1,299 @@
+"""What was measured about an artefact: read, checked and as a table; model_card(artifact) -> its README on the hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint import Artifact
+from .models import EMBEDDED
+
+HEADER = ("Measure", "Dense", "Sparse", "Difference [95 %]", "Samples")
+_EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_NONE = "–"
+
+
+def _numbers(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), float)
+
+
+_PAIR = {**_numbers("samples dense sparse difference"), "difference_95": (float, float)}
+_INDEX = {
+    **_numbers("kl mass_kept tokens_selected length_tokens documents"),
+    "units": [_numbers("layer unit kl mass_kept tokens_selected")],
+}
+_SPEED = _numbers("length_tokens prefill_seconds decode_tokens_per_second cache_bytes")
+_STAGES = {
+    "calibrate?": {
+        "settings": {},
+        "metrics": {
+            "scores": [[float]],
+            "check?": _numbers("length_tokens samples dense chosen_heads"),
+            "overlap_between_halves?": float,
+            "notes?": [str],
+        },
+    },
+    "train_indexer?": {"settings": {}, "metrics": _INDEX},
+    "distill?": {"settings": {}, "metrics": {}},
+}
+_LOSS = {
+    **_PAIR,
+    **_numbers("length_tokens kl top1_agreement"),
+    "by_position": [_numbers("from to loss_dense loss_sparse")],
+}
+_EVALUATION = {
+    "needle?": [{**_PAIR, "kind": str, "length_tokens": float, "depths": {"*": _numbers("samples dense sparse")}}],
+    "loss?": {"*": _LOSS},
+    "index?": _INDEX,
+    "speed?": {"dense": [_SPEED], "sparse": [_SPEED]},
+    "settings?": {},
+    "sources?": [str],
+}
+_CURVE = {**_numbers("step loss learning_rate"), "top1_agreement?": float}
+
+
+def check(value: Any, shape: Any, where: str, advice: str) -> None:
+    """ValueError when parsed JSON does not fit `shape`: float, str, [item], (item, ...) or {key: item}.
+
+    A key "x?" may be missing, "*" stands for all keys; keys beyond those of the shape are allowed.
+    """
+    good: bool
+    if shape is float:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        expected, good = "a finite number", real and math.isfinite(value)
+    elif shape is str:
+        expected, good = "text", isinstance(value, str)
+    elif isinstance(shape, dict):
+        expected, good = "an object", isinstance(value, dict)
+    elif isinstance(shape, tuple):
+        expected, good = f"a list of {len(shape)}", isinstance(value, list) and len(value) == len(shape)
+    else:
+        expected, good = "a list", isinstance(value, list)
+    if not good:
+        raise ValueError(f"{where}: expected {expected}, got {str(value)[:40]!r}. {advice}")
+    if isinstance(shape, list | tuple):
+        for number, item in enumerate(value):
+            check(item, shape[0], f"{where}, entry {number}", advice)
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name == key != "*" and name not in value:
+                raise ValueError(f"{where}: expected the key {name!r}, got {', '.join(value) or 'no key'}. {advice}")
+            for each in value if key == "*" else {name} & value.keys():
+                check(value[each], inner, f"{where}, {each!r}", advice)
+
+
+def check_stages(artifact: Artifact, where: str) -> None:
+    """ValueError when the metrics of a stage are malformed, or the scores do not fit the head map."""
+    check(artifact.stages, _STAGES, where, "Convert again.")
+    heads = artifact.heads
+    sizes = [len(row) for row in artifact.stages.get("calibrate", {}).get("metrics", {}).get("scores", [])]
+    if "calibrate" in artifact.stages and sizes != [heads.query_heads] * len(heads.retrieval):
+        raise ValueError(
+            f"{where}, 'scores': expected {len(heads.retrieval)} layers of {heads.query_heads} heads, "
+            f"got {len(sizes)} layers of {', '.join(map(str, sorted(set(sizes)))) or 'no'} heads. Calibrate again."
+        )
+
+
+def check_evaluation(raw: Any, where: str) -> dict[str, Any]:
+    """The result of `evaluate`, "speed" as lists with one entry per length; ValueError when it is malformed."""
+    if isinstance(raw, dict) and isinstance(raw.get("speed"), dict):
+        speed = {name: [found] if isinstance(found, dict) else found for name, found in raw["speed"].items()}
+        raw = {**raw, "speed": speed}
+    check(raw, _EVALUATION, where, "Run `rtpurbo eval` again.")
+    return raw
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The checked `eval.json` of an artefact, empty when there is none."""
+    file = folder / "eval.json"
+    if not file.is_file():
+        return {}
+    return check_evaluation(_parse(file.read_bytes(), str(file), "Run `rtpurbo eval` again."), str(file))
+
+
+def read_curve(folder: Path, stage: str) -> list[dict[str, float]]:
+    """The checked rows of `metrics/<stage>.jsonl`, none when there is no such file."""
+    file, advice = folder / "metrics" / f"{stage}.jsonl", "Delete the file to leave its curves out, or run the stage again."
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    rows = [_parse(line, f"{file}, line {number}", advice) for number, line in enumerate(lines, 1)]
+    check(rows, [_CURVE], str(file), advice)
+    return rows
+
+
+def _parse(content: bytes, where: str, advice: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: expected JSON, got {content[:40]!r} ({error}). {advice}") from error
+
+
+class Row(NamedTuple):
+    """One line of the measured table, as text under `HEADER`."""
+
+    measure: str
+    dense: str
+    sparse: str
+    difference: str
+    samples: str
+
+
+def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
+    """Everything measured, from a checked artefact and evaluation; no line for what was not."""
+    rows = []
+    metrics = {name: stage["metrics"] for name, stage in artifact.stages.items()}
+    for one in evaluation.get("needle", []):
+        name = f"Answers right, {one['kind'].replace('_', '-')} needle, {tokens(one['length_tokens'])}"
+        rows.append(Row(name, f"{one['dense']:.1%}", f"{one['sparse']:.1%}", _points(one), f"{one['samples']:,}"))
+    for source, one in evaluation.get("loss", {}).items():
+        name = os.path.basename(source) if os.path.isabs(source) else source
+        what, count = f"{name}, {tokens(one['length_tokens'])}", f"{one['samples']:,}"
+        change = _signed(one["difference"], 4) + _interval(one, 1, 4)
+        rows.append(Row(f"Loss in nats, {what}", f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
+        rows.append(Row(f"KL to dense in nats, {what}", _NONE, f"{one['kl']:.4f}", _NONE, count))
+        rows.append(Row(f"Same most likely token as dense, {what}", _NONE, f"{one['top1_agreement']:.1%}", _NONE, count))
+    for dense, sparse in speed_pairs(evaluation):
+        for name, key, text in (
+            ("Cache", "cache_bytes", _bytes),
+            ("Prefill", "prefill_seconds", "{:,.3f} s".format),
+            ("Decode", "decode_tokens_per_second", "{:,.1f} tokens/s".format),
+        ):
+            what, ratio = tokens(dense["length_tokens"]), f"{sparse[key] / dense[key]:.2f} × dense" if dense[key] else _NONE
+            rows.append(Row(f"{name}, {what}", text(dense[key]), text(sparse[key]), ratio, "1 run"))
+    index = evaluation.get("index") or metrics.get("train_indexer")
+    if index:
+        what, count = f"index, {tokens(index['length_tokens'])}", f"{index['documents']:,} documents"
+        rows.append(Row(f"Attention mass recalled, {what}", _NONE, f"{index['mass_kept']:.1%}", _NONE, count))
+        rows.append(Row(f"Far tokens selected per query, {what}", _NONE, f"{index['tokens_selected']:,.0f}", _NONE, count))
+    found = metrics.get("calibrate", {}).get("check")
+    if found:
+        pair = {**found, "sparse": found["chosen_heads"], "difference": found["chosen_heads"] - found["dense"]}
+        name = f"Answers right, check of the head map without index, {tokens(found['length_tokens'])}"
+        rows.append(Row(name, f"{pair['dense']:.1%}", f"{pair['sparse']:.1%}", _points(pair), f"{pair['samples']:,}"))
+    return rows
+
+
+def speed_pairs(evaluation: dict[str, Any]) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """(dense, sparse) at every length that both were measured at, ascending."""
+    speed = evaluation.get("speed") or {"dense": [], "sparse": []}
+    dense, sparse = ({row["length_tokens"]: row for row in speed[name]} for name in ("dense", "sparse"))
+    return [(dense[n], sparse[n]) for n in sorted(dense.keys() & sparse.keys())]
+
+
+def tokens(count: float) -> str:
+    """2048 -> "2,048 tokens"."""
+    return f"{count:,.0f} tokens"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _interval(pair: dict[str, Any], scale: float, digits: int) -> str:
+    if pair["samples"] < 2 or "difference_95" not in pair:  # one sample says nothing about its spread
+        return ""
+    return " [{}, {}]".format(*(_signed(scale * x, digits) for x in pair["difference_95"]))
+
+
+def _points(pair: dict[str, Any]) -> str:
+    return f"{_signed(100 * pair['difference'], 1)} points{_interval(pair, 100, 1)}"
+
+
+def _plain(text: object) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|&~$])", r"\\\1", " ".join(str(text).split()))
+
+
+def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> str:
+    """The README of an artefact's hub repository.
+
+    Args:
+        evaluation: what `rtpurbo.evaluate` returned; without it the table has what the stages measured.
+
+    Raises:
+        ValueError: malformed metrics or evaluation.
+    """
+    check_stages(artifact, "the artefact's stages")
+    evaluation = check_evaluation(evaluation or {}, "the evaluation")
+    name = str(artifact.base_model["name"])
+    local = os.path.isabs(name)  # a path says nothing to others, and is no name on the hub
+    shown = os.path.basename(name) if local else name
+    front: dict[str, Any] = {} if local else {"base_model": _EMBEDDED_ON_HUB if name == EMBEDDED else name}
+    front |= {
+        "library_name": "rtpurbo",
+        "pipeline_tag": "text-generation",
+        "tags": ["rtpurbo", "sparse-attention", "long-context", "kv-cache"],
+    }
+    yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
+    has = {
+        "head map": f"{artifact.heads.ratio:.1%} of the query heads retrieve, {artifact.heads.full_kv_ratio:.1%} of the KV "
+        "heads keep their whole cache",
+        "index": "trained" if artifact.indexer is not None else "none: retrieval heads attend to everything",
+        "distilled weights": {"lora": "LoRA adapter", "full": "all weights"}.get(artifact.weights_kind or "", "none"),
+    }
+    rows = measured_rows(artifact, evaluation)
+    if rows:
+        lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        table += (
+            "\n\nDense and sparse answered the same samples. Difference is sparse minus dense with its 95 % interval; one "
+            "whose interval holds 0 may be chance."
+        )
+    else:
+        table = "Nothing has been measured for this artefact yet; `rtpurbo eval` compares it with its dense base model."
+    sections = {"base model": {**artifact.base_model, "name": shown}, "sparse attention": vars(artifact.config)}
+    sections |= {stage.replace("_", " "): found["settings"] for stage, found in artifact.stages.items()}
+    settings = "\n".join(
+        f"- **{_plain(title)}**: {', '.join(f'{_plain(k)} = {_plain(v)}' for k, v in values.items())}"
+        for title, values in sections.items()
+    )
+    return f"""---
+{yaml}---
+
+# {_plain(shown)}, sparse with RTPurbo
+
+A sparse-attention version of {_plain(shown)}, made with [RTPurbo](https://arxiv.org/abs/2605.16928): a few retrieval heads
+find far tokens through a small learned index, all other heads see a window of {artifact.config.window_tokens:,} tokens and
+{artifact.config.sink_tokens} sinks. This repository holds what was added to the base model, not the base model itself{
+    " (except that the distilled weights are a whole model)" if artifact.weights_kind == "full" else ""}.
+
+{chr(10).join(f"- {_plain(title)}: {text}" for title, text in has.items())}
+
+## Use
+
+```python
+import rtpurbo
+model, tokenizer = rtpurbo.load("OWNER/NAME")  # this repository
+print(tokenizer.decode(model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)[0]))
+```
+
+```sh
+rtpurbo generate OWNER/NAME --prompt "Once upon a time"
+```
+
+## Measured
+
+{table}
+
+## Settings
+
+{settings}
+
+## Citation
+
+Y. Zhou et al., "Full Attention Strikes Back: Transferring Full Attention into Sparse within Hundred Training Steps",
+[arXiv:2605.16928](https://arxiv.org/abs/2605.16928).
+
+## License
+
+The license of the base model applies to these files too: the head map, the index and the distilled weights are derived from
+its weights.
+"""

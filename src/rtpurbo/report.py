@@ -1,0 +1,371 @@
+"""write_report(artifact_dir) -> report.html: one file with everything measured about a conversion; needs no network.
+
+Only what was measured is shown; a stage that has not been run is named, with the command that adds it.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CONFIG_FILE, Artifact, atomic_path
+from .model_card import HEADER, check_stages, measured_rows, read_curve, read_evaluation, speed_pairs, tokens
+
+DENSE, SPARSE, MARK = "#4d4d4d", "#0072b2", "#d55e00"
+"""Told apart by colour-blind readers (Okabe and Ito); what is dense is dashed or hollow too, for prints without colour."""
+_STAGES = {"calibrate": "Head map", "train_indexer": "Index", "distill": "Distilled weights", "eval": "Evaluation"}
+_STYLE = """
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: #fff; color: #1f2328; color-scheme: light;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.25rem; margin: 36px 0 8px; padding-top: 12px; border-top: 1px solid #d5d9de }
+h3 { font-size: 1rem; margin: 12px 0 4px }
+p, figcaption { margin: 6px 0; max-width: 80ch }
+figcaption, .caption { color: #57606a; font-size: .9rem }
+figure { margin: 8px 0 16px; min-width: 0 }
+code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92em }
+.note { border-left: 4px solid #d55e00; background: #f6f7f9; padding: 8px 12px; margin: 10px 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
+.tiles div { border: 1px solid #d5d9de; border-radius: 8px; padding: 10px 14px; font-size: .85rem; color: #57606a }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.3; color: #1f2328 }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 0 28px }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)) }
+.pair { display: flex; flex-wrap: wrap; gap: 12px 24px }
+.columns { columns: 2 400px; column-gap: 28px }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: 6px 0 12px; width: 100% }
+th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e6e8eb; vertical-align: top; font-weight: 400 }
+thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
+.rows th:first-child { width: 100% }
+.columns th { width: 45%; overflow-wrap: normal }
+.needle { width: auto }
+.needle caption { text-align: left; font-weight: 600; color: #57606a }
+.needle th, .needle td { text-align: center; padding: 4px 8px; border: 2px solid #fff; overflow-wrap: normal }
+.needle small { display: block; font-size: .75rem; white-space: nowrap }
+@media (min-width: 601px), print { .rows td, .rows thead th { white-space: nowrap } }
+@media (max-width: 600px), print { .pair { gap: 8px } .needle th, .needle td { padding: 3px 2px; font-size: .85rem } }
+@media screen and (max-width: 600px) {
+  body { padding: 16px 14px 32px }
+  .rows thead, .rows .none { display: none }
+  .rows tr { display: flex; flex-wrap: wrap; gap: 0 16px; padding: 6px 0; border-bottom: 1px solid #d5d9de }
+  .rows th, .rows td { padding: 0; border: 0 }
+  .rows th { flex: 0 0 100%; font-weight: 600 }
+  .rows td::before { content: attr(data-label) " "; color: #57606a }
+}
+@media print {
+  @page { margin: 14mm 12mm }
+  html { font-size: 10pt }
+  body { padding: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  h2 { margin-top: 20px }
+  h2, h3, thead { break-after: avoid }
+  figcaption, .caption, .note { break-before: avoid }
+  figure, tr, .tiles, .note, .pair, .columns section { break-inside: avoid }
+  .grid { grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
+  .two { grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)) }
+  .columns { columns: 2 }
+  .rows { font-size: .8rem }
+}
+"""
+_SCRIPT = """
+const plots = [...document.querySelectorAll("[data-figure]")];
+for (const plot of plots) {
+  const {data, layout} = JSON.parse(plot.dataset.figure);
+  Plotly.newPlot(plot, data, layout, {responsive: true, displayModeBar: false});
+}
+addEventListener("beforeprint", () => plots.forEach((plot) => {
+  const grid = plot.closest(".grid"), columns = grid ? Math.min(grid.children.length, grid.matches(".two") ? 2 : 3) : 1;
+  Plotly.relayout(plot, {autosize: false, width: (700 - 28 * (columns - 1)) / columns});  // A4 and letter less margins
+}));
+addEventListener("afterprint", () => plots.forEach((plot) => Plotly.relayout(plot, {autosize: true, width: null})));
+"""
+
+
+def write_report(artifact_dir: Path, output: Path | None = None) -> Path:
+    """Write the report of an artefact.
+
+    Args:
+        artifact_dir: holds the artefact and, where they exist, `metrics/<stage>.jsonl` and `eval.json`.
+        output: the file to write; default: `report.html` in `artifact_dir`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: no artefact there, a malformed input, or an output that is a directory.
+    """
+    folder = Path(artifact_dir)
+    target = Path(output) if output else folder / "report.html"
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{str(folder)!r} is not an artefact: expected a directory with {CONFIG_FILE}. Make one with `rtpurbo convert`."
+        )
+    if target.is_dir():
+        raise ValueError(f"Output {str(target)!r} is a directory; expected a file such as report.html.")
+    artifact = Artifact.load(folder)
+    check_stages(artifact, f"{folder / CONFIG_FILE}, stages")
+    page = _page(artifact, read_evaluation(folder), {s: read_curve(folder, s) for s in ("train_indexer", "distill")})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list[dict[str, float]]]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    name, heads, sparse = escape(str(artifact.base_model["name"])), artifact.heads, artifact.config
+    pairs, rows = speed_pairs(evaluation), measured_rows(artifact, evaluation)
+    tiles = [(f"{heads.ratio:.1%}", "of query heads retrieve"), (f"{heads.full_kv_ratio:.1%}", "of KV heads are kept whole")]
+    for dense, found in pairs[-1:]:
+        for key, what in (("cache_bytes", "cache"), ("decode_tokens_per_second", "decode speed")):
+            if dense[key]:
+                tiles.append((f"{found[key] / dense[key]:.2f} ×", f"the dense {what} at {tokens(dense['length_tokens'])}"))
+    missing = "".join(
+        f"<p class=note><b>{title}:</b> not there yet. Add it with <code>rtpurbo {stage.replace('_', '-')}</code>.</p>"
+        for stage, title in _STAGES.items()
+        if stage not in artifact.stages and not (stage == "eval" and evaluation)
+    )
+    caption = "Both sides answered the same samples. Difference is sparse minus dense with its 95 % interval; one whose interval "
+    summary = f"{_table(HEADER, rows, 'rows')}<p class=caption>{caption}holds 0 may be chance.</p>" if rows else ""
+    sections = {
+        "Dense and sparse": missing + summary,
+        "Head map": _head_map(artifact),
+        "Index": _curves("train_indexer", curves) + _index_units(artifact, evaluation),
+        "Distillation": _curves("distill", curves),
+        "Needles in long documents": _needles(evaluation.get("needle", [])),
+        "Loss by position": _loss(evaluation.get("loss", {})),
+        "Cache": _cache(artifact, pairs) if pairs else "",
+        "Settings": _settings(artifact, evaluation),
+    }
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
+<title>RTPurbo report: {name}</title>
+<style>{_STYLE}</style>
+<script>{get_plotlyjs()}</script>
+</head>
+<body>
+<header>
+<p class=caption>RTPurbo report</p>
+<h1>{name.replace("/", "/<wbr>")}</h1>
+<p>Sparse version: every head sees a window of {tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval heads
+also read the far tokens that a {sparse.index_dim}-dimensional index selects with p = {sparse.top_p:g}.</p>
+<div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
+<noscript><p class=note>The figures need JavaScript.</p></noscript>
+</header>
+<main>{"".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)}</main>
+<script>{_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _table(header: tuple[str, ...], rows: list[Any], kind: str = "") -> str:
+    """The rows are escaped; a table of kind "rows" becomes a list of labelled values on a phone."""
+    lines = []
+    for first, *rest in rows:
+        cells = zip(header[1:], rest, (" class=none" if cell == "–" else "" for cell in rest), strict=True)
+        line = "".join(f'<td data-label="{name}"{none}>{escape(cell)}</td>' for name, cell, none in cells)
+        lines.append(f"<tr><th scope=row>{escape(first)}</th>{line}</tr>")
+    head = "".join(f"<th scope=col>{text}</th>" for text in header)
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _figure(name: str, caption: str, traces: list[Any], *, x: Any, y: Any, height: int = 320, **layout: Any) -> str:
+    """A Plotly figure and its caption; `x` and `y` describe the axes."""
+    from plotly.graph_objects import Figure
+
+    axis = {"automargin": True, "fixedrange": True, "gridcolor": "#e6e8eb", "linecolor": "#8a9099", "zeroline": False}
+    axis |= {"ticks": "outside", "tickcolor": "#8a9099", "exponentformat": "power"}
+    layout |= {
+        "template": "none",
+        "height": height,
+        "margin": {"l": 8, "r": 12, "t": 40 if len(traces) > 1 else 8, "b": 8},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2328"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "dragmode": False,  # a finger on a figure scrolls the page
+        "xaxis": {**axis, **x},
+        "yaxis": {**axis, **y},
+    }
+    data = escape(Figure(traces, layout).to_json())
+    plot = f'<div id="{name}" style="height:{height}px" data-figure="{data}"></div>'
+    return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _line(name: str, x: list[Any], y: list[Any], hover: str, color: str, **more: Any) -> dict[str, Any]:
+    line = {"color": color, "width": 2, "dash": more.pop("dash", "solid"), "shape": more.pop("shape", "linear")}
+    trace = {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line, "marker": {"color": color}}
+    return {**trace, "hovertemplate": f"{hover}<extra></extra>", **more}
+
+
+def _head_map(artifact: Artifact) -> str:
+    """Scores of all heads, the retrieval heads outlined; without calibration the roles alone."""
+    heads, stage = artifact.heads, artifact.stages.get("calibrate")
+    layers, size = range(len(heads.retrieval)), heads.group_size
+    z, outline_x, outline_y = [], [], []
+    for head in range(heads.query_heads):
+        chosen = [head in heads.retrieval_heads(i) for i in layers]
+        scores = [row[head] for row in stage["metrics"]["scores"]] if stage else [float(c) for c in chosen]
+        z.append([None if heads.retrieval[i] is None else scores[i] for i in layers])
+        for i in [i for i in layers if chosen[i]]:
+            outline_x += [i - 0.42, i + 0.42, i + 0.42, i - 0.42, i - 0.42, None]
+            outline_y += [head - 0.42, head - 0.42, head + 0.42, head + 0.42, head - 0.42, None]
+    bar = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "len": 0.4, "thickness": 10}
+    bar |= {"tickvals": [0, 0.5, 1], "ticktext": ["0", "score", "1"]}
+    heat = {"type": "heatmap", "z": z, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "showscale": bool(stage), "colorbar": bar}
+    heat |= {"hovertemplate": "layer %{x}, query head %{y}<br>score %{z:.3f}<extra></extra>"}
+    heat |= {"colorscale": [[0, "#eef3f8"], [1, "#08457e"]]}
+    marks = _line("retrieval head", outline_x, outline_y, "", MARK, hoverinfo="skip", showlegend=True)
+    edges = [g * size - 0.5 for g in range(1, heads.kv_heads)]
+    borders = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": e, "y1": e, "line": {"width": 1.5}} for e in edges]
+    caption = (
+        "Look for where the outlined heads gather: only they read the whole document. The band between two lines is one KV "
+        "head, kept whole in every layer where one of its query heads is outlined"
+        + ("; blank columns are layers left as they are." if None in heads.retrieval else ".")
+    )
+    x = {"title": "layer", "showgrid": False, "range": [-0.5, len(layers) - 0.5]}
+    y = {"tickvals": [(g + 0.5) * size - 0.5 for g in range(heads.kv_heads)], "showgrid": False, "title": "query heads"}
+    y |= {"ticktext": [f"KV {g}" for g in range(heads.kv_heads)], "range": [heads.query_heads - 0.5, -0.5]}
+    height = 130 + min(620, heads.query_heads * max(11, min(22, 260 // size)))
+    figure = _figure("head-map", caption, [heat, marks], x=x, y=y, height=height, shapes=borders)
+    metrics = stage["metrics"] if stage else {"notes": ["This head map was made without calibration, so it has no scores."]}
+    if "overlap_between_halves" in metrics:
+        share = f"{metrics['overlap_between_halves']:.0%} of the retrieval heads are the same"
+        figure += f"<p class=caption>Chosen from either half of the documents alone, {share}.</p>"
+    return figure + "".join(f"<p class=note>{escape(note)}</p>" for note in metrics.get("notes", []))
+
+
+def _curves(stage: str, curves: dict[str, list[dict[str, float]]]) -> str:
+    """Loss, top-1 agreement (distillation) and learning rate by step, side by side; nothing without a metrics file."""
+    figures, rows = [], curves[stage]
+    for key, title, color, caption in (
+        ("loss", "loss (nats)", SPARSE, "Look for a fall that levels off; one that goes on asks for more steps."),
+        ("top1_agreement", "same top token", SPARSE, "Look for a rise: how often sparse and dense agree on the next token."),
+        ("learning_rate", "learning rate", DENSE, "Look for a loss that levels off before the rate: steps to spare."),
+    ):
+        steps, values = [row["step"] + 1 for row in rows if key in row], [row[key] for row in rows if key in row]
+        log = key == "loss" and min(values, default=0) > 0
+        y = {"title": title + ", log scale" * log, "type": "log" if log else "linear"}
+        y |= {"tickformat": ".0%"} if key == "top1_agreement" else {}
+        mode = "lines+markers" if len(values) < 20 else "lines"  # a single step is a dot
+        if values:
+            trace = _line(title, steps, values, "step %{x}: %{y:.4g}", color, mode=mode)
+            figures.append(_figure(f"{stage}-{key}", caption, [trace], x={"title": "step"}, y=y, height=240))
+    return f"<div class=grid>{''.join(figures)}</div>" if figures else ""
+
+
+def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
+    """Attention mass recalled against tokens selected, a mark per index unit."""
+    traces, p = [], artifact.config.top_p
+    for when, index, symbol, color in (
+        ("after training", artifact.stages.get("train_indexer", {}).get("metrics"), "circle-open", DENSE),
+        ("evaluation", evaluation.get("index"), "circle", SPARSE),
+    ):
+        if index:
+            units, name = index["units"], f"{when}, {tokens(index['length_tokens'])}"
+            text = [f"layer {u['layer']}, unit {u['unit']}, KL {u['kl']:.3f}" for u in units]
+            selected, mass = [u["tokens_selected"] for u in units], [u["mass_kept"] for u in units]
+            trace = _line(name, selected, mass, "%{text}<br>%{x:.0f} tokens, %{y:.1%} of the mass", color, text=text)
+            marker = {"symbol": symbol, "color": color, "size": 8, "opacity": 0.75}
+            traces.append({**trace, "mode": "markers", "marker": marker, "showlegend": True})
+    caption = (
+        "Each mark is one selection. Best is the top left, much attention mass found with few tokens; those far below "
+        f"p = {p:g} (dashed) miss part of what full attention reads."
+    )
+    x, y = {"title": "far tokens selected per query", "rangemode": "tozero"}, {"title": "mass recalled", "tickformat": ".0%"}
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": p, "y1": p, "line": {"color": MARK, "dash": "dash"}}
+    return _figure("index-units", caption, traces, x=x, y=y, height=360, shapes=[line]) if traces else ""
+
+
+def _needles(results: list[dict[str, Any]]) -> str:
+    """Per kind two tables, dense and sparse: share of right answers and sample count by depth and length."""
+    blocks = []
+    for kind in dict.fromkeys(one["kind"] for one in results):
+        grids, tables = {one["length_tokens"]: one["depths"] for one in results if one["kind"] == kind}, []
+        lengths = sorted(grids)
+        for name in ("dense", "sparse"):
+            head = "".join(f"<th scope=col>{n if n % 1024 else f'{n // 1024}k'}</th>" for n in lengths)
+            lines = [f"<th scope=col>depth</th>{head}"]
+            for depth in sorted({d for grid in grids.values() for d in grid}):
+                lines.append(f"<th scope=row>{escape(depth)}</th>" + "".join(
+                    f'<td style="background:color-mix(in srgb,#f6f5f1 {c[name]:.1%},#e8853b)">{c[name]:.0%}'
+                    f"<small>n = {c['samples']}</small></td>" if c else "<td></td>"
+                    for c in (grids[n].get(depth) for n in lengths)))  # fmt: skip
+            tables.append(f"<table class=needle><caption>{name.title()}</caption><tr>{'</tr><tr>'.join(lines)}</tr></table>")
+        title = escape(kind.replace("_", "-").capitalize())
+        blocks.append(f"<section><h3>{title}</h3><div class=pair>{''.join(tables)}</div></section>")
+    caption = (
+        "Look for cells where sparse is more orange than dense: answers lost there. Columns are document lengths in tokens (1k = "
+        "1,024), rows the depth of the fact from start (0) to end (1); n counts the questions of a cell."
+    )
+    return f"<div class='grid two'>{''.join(blocks)}</div><p class=caption>{caption}</p>" if blocks else ""
+
+
+def _loss(losses: dict[str, Any]) -> str:
+    figures = []
+    for number, (source, one) in enumerate(losses.items()):
+        buckets, traces = one["by_position"], []
+        edges = [b["from"] for b in buckets] + [b["to"] for b in buckets[-1:]]
+        for name, color, dash in (("dense", DENSE, "dash"), ("sparse", SPARSE, "solid")):
+            values = [b[f"loss_{name}"] for b in (*buckets, *buckets[-1:])]
+            traces.append(_line(name, edges, values, f"{name}: %{{y:.4f}} nats", color, dash=dash, shape="hv"))
+        what = f"{source}, {one['samples']} documents"
+        caption = f"{what}: look for a gap that opens to the right, where text builds on what is far back."
+        x, y = {"title": "position in the document (tokens)", "tickformat": ","}, {"title": "loss (nats per token)"}
+        figures.append(_figure(f"loss-{number}", caption, traces, x=x, y=y, height=300))
+    return f"<div class='grid two'>{''.join(figures)}</div>" if figures else ""
+
+
+def _computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[float]) -> dict[str, list[float]]:
+    """Bytes of a dense and a sparse cache by formula; nothing where the measured dense cache does not follow it."""
+    heads, sparse, dim = artifact.heads, artifact.config, artifact.base_model.get("head_dim", 0)
+    every = len(heads.retrieval) * heads.kv_heads
+    width = dense["cache_bytes"] / (2 * every * dim * dense["length_tokens"]) if dim else 0
+    if width not in (2, 4) or None in heads.retrieval:
+        return {}
+    full = sum(len(heads.full_kv_heads(i)) for i in heads.layers)
+    index = sum(len(heads.units(i)) for i in heads.layers) * sparse.index_dim * (artifact.indexer is not None)
+    local = [(every - full) * min(n, sparse.window_tokens - 1 + sparse.sink_tokens) for n in lengths]
+    found = [width * (2 * dim * (full * n + near) + index * n) for n, near in zip(lengths, local, strict=True)]
+    return {"dense": [width * 2 * dim * every * n for n in lengths], "sparse": found}
+
+
+def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
+    measured, traces = [dense["length_tokens"] for dense, _ in pairs], []
+    ends = sorted([0.0, artifact.config.window_tokens + artifact.config.sink_tokens, 1.25 * measured[-1]])
+    computed = _computed_cache(artifact, pairs[-1][0], ends)
+    styles = (("dense", DENSE, "dash", "circle-open"), ("sparse", SPARSE, "solid", "circle"))
+    for i, (name, color, dash, symbol) in enumerate(styles):
+        marker = {"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}}
+        sizes, hover = [pair[i]["cache_bytes"] / 2**20 for pair in pairs], "%{x:,} tokens: %{y:,.1f} MiB"
+        traces.append(_line(f"{name}, measured", measured, sizes, hover, color, mode="markers", marker=marker))
+        if computed:
+            sizes = [b / 2**20 for b in computed[name]]
+            traces.append(_line(f"{name}, computed", ends, sizes, hover, color, dash=dash, hoverinfo="skip"))
+    caption = "Look at the slopes: a further token costs the sparse cache only its full KV heads and index keys."
+    if computed:
+        caption += " Marks are measured; lines are computed from the head map, without the room that buffers keep to grow."
+    x = {"title": "document length (tokens)", "tickformat": ",", "rangemode": "tozero"}
+    return _figure("cache-bytes", caption, traces, x=x, y={"title": "cache (MiB)", "rangemode": "tozero"}, height=360)
+
+
+def _settings(artifact: Artifact, evaluation: dict[str, Any]) -> str:
+    tables = {"Base model": artifact.base_model, "Sparse attention": vars(artifact.config)}
+    tables |= {_STAGES.get(name, name): stage["settings"] for name, stage in artifact.stages.items()}
+    if "settings" in evaluation:
+        tables["Evaluation"] = {**evaluation["settings"], "sources": evaluation.get("sources", [])}
+
+    def text(value: Any) -> str:
+        plain = {"None": "not set", "True": "yes", "False": "no"}.get(str(value), str(value))
+        return ", ".join(map(text, value)) or "none" if isinstance(value, list) else plain
+
+    blocks = []
+    for title, values in tables.items():
+        table = _table(("Setting", "Value"), [(name, text(value)) for name, value in values.items()])
+        blocks.append(f"<section><h3>{escape(title)}</h3>{table}</section>")
+    return f"<div class=columns>{''.join(blocks)}</div>"
