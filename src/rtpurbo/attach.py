@@ -133,10 +133,13 @@ _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with` block; modes, gradient flags and activation checkpointing are as before after it."""
+    """Evaluation mode without activation checkpointing inside the `with` block; modes and gradient flags as before after it."""
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     modules = [(m, {name: m.__dict__[name] for name in _FLAGS if name in m.__dict__}) for m in model.modules()]
     model.eval()
+    for module, before in modules:
+        if "gradient_checkpointing" in before:
+            module.__dict__["gradient_checkpointing"] = False
     try:
         yield
     finally:

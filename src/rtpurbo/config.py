@@ -153,7 +153,7 @@ class DistillConfig(TrainConfig):
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
     labels: int = 2048
-    """Label positions per document and step, the last ones of the document and every synthetic answer."""
+    """Label positions per document and step, beside every synthetic answer."""
     top_logits: int = 10
     """Teacher logits that are matched; the rest of the vocabulary counts as one more class."""
     weights: Literal["lora", "full"] = "lora"
@@ -162,6 +162,8 @@ class DistillConfig(TrainConfig):
     """Rank of the LoRA adapter on the attention projections."""
     retrieval_ratio: float = 0.5
     """Share of documents that carry synthetic retrieval questions."""
+    answer_weight: float = 0.25
+    """Weight of a document's synthetic answers in its loss; the other labels share the rest."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
 
@@ -172,6 +174,7 @@ class DistillConfig(TrainConfig):
         _require(self.weights in ("lora", "full"), "weights", "'lora' or 'full'", self.weights)
         _require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
         _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
+        _require(0.0 <= self.answer_weight <= 1.0, "answer_weight", "in [0, 1]", self.answer_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 1. Documents as long as the context, a share of them with synthetic retrieval questions near their end.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
-3. Labels: the last positions of the document and every synthetic answer. Loss: KL between teacher and student over the
+3. Labels: random positions beyond the first window and every synthetic answer (few, so with a weight of their own). Loss: KL between teacher and student over the
    teacher's top-10 tokens, the rest of the vocabulary being one more class, so that no mass leaks out of the ten.
 4. No gradient flows through the selection; the index stays as stage 1 left it.
 """
@@ -52,15 +52,19 @@ def _log_rest(log_top: Tensor) -> Tensor:
 
 def training_example(
     document: Tensor, tokenizer: Any, config: DistillConfig, turn: int, window_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens [length] of one turn, and the positions [labels] whose next token is a label."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [length] of one turn, the positions [labels] whose next token is a label, and the labels' weights (sum 1)."""
     rng = random.Random(f"{config.seed}:example:{turn}")
     tokens, answers = mixed_document(
         document, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:{turn}"
     )
     first = min(window_tokens, len(tokens) // 2)  # nothing is sparse before the window is full
     body = rng.sample(range(first, len(tokens) - 1), min(config.labels, len(tokens) - 1 - first))
-    return tokens, torch.tensor(sorted(set(body) | set(answers)))
+    labels = sorted(set(body) | set(answers))
+    few = set(answers)
+    share = config.answer_weight if few and len(few) < len(labels) else float(bool(few))
+    weights = [share / len(few) if t in few else (1 - share) / (len(labels) - len(few)) for t in labels]
+    return tokens, torch.tensor(labels), torch.tensor(weights)
 
 
 @gives_back
@@ -121,14 +125,14 @@ def distill(
             total_loss, agree = torch.zeros((), device=device), torch.zeros((), device=device)
             for i in range(config.batch_size):
                 turn = (number * world + rank) * config.batch_size + i
-                tokens, labels = training_example(
+                tokens, labels, weights = training_example(
                     texts[turn % len(texts)], tokenizer, config, turn, artifact.config.window_tokens
                 )
-                tokens, labels = tokens[None].to(device), labels.to(device)
+                tokens, labels, weights = tokens[None].to(device), labels.to(device), weights.to(device)
                 want = _teach(model, student, prepared, config, tokens, labels)
                 with _autocast(device):
                     got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
-                loss = top_kl(got, want, config.top_logits).mean() / config.batch_size
+                loss = (top_kl(got, want, config.top_logits) * weights).sum() / config.batch_size
                 accelerator.backward(loss)
                 total_loss += loss.detach()
                 agree += (got.argmax(-1) == want.argmax(-1)).float().mean() / config.batch_size

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 from .checkpoint import Artifact
 from .models import EMBEDDED
 
+STAGES = {"calibrate": "Head map", "train_indexer": "Index", "distill": "Distilled weights", "eval": "Evaluation"}
 HEADER = ("Measure", "Dense", "Sparse", "Difference [95 %]", "Samples")
+CAPTION = (
+    "Dense and sparse answered the same samples. Difference is sparse minus dense with its 95 % interval; one whose interval "
+    "holds 0 may be chance."
+)
 _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NONE = "–"
 
@@ -184,6 +189,33 @@ def speed_pairs(evaluation: dict[str, Any]) -> list[tuple[dict[str, float], dict
     return [(dense[n], sparse[n]) for n in sorted(dense.keys() & sparse.keys())]
 
 
+def computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[float]) -> dict[str, list[float]]:
+    """Bytes of a "dense" and a "sparse" cache at `lengths` by formula; empty where the measured dense cache differs from it.
+
+    Args:
+        dense: a dense model's measured "cache_bytes" and its "length_tokens".
+    """
+    heads, sparse, dim = artifact.heads, artifact.config, artifact.base_model.get("head_dim", 0)
+    every = len(heads.retrieval) * heads.kv_heads
+    width = dense["cache_bytes"] / (2 * every * dim * dense["length_tokens"]) if dim else 0  # bytes of a number
+    if width not in (2, 4) or None in heads.retrieval:
+        return {}
+    full = sum(len(heads.full_kv_heads(i)) for i in heads.layers)
+    index = sum(len(heads.units(i)) for i in heads.layers) * sparse.index_dim * (artifact.indexer is not None)
+    local = [(every - full) * min(n, sparse.window_tokens - 1 + sparse.sink_tokens) for n in lengths]
+    found = [width * (2 * dim * (full * n + near) + index * n) for n, near in zip(lengths, local, strict=True)]
+    return {"dense": [width * 2 * dim * every * n for n in lengths], "sparse": found}
+
+
+def all_settings(artifact: Artifact, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by the title of what they belong to."""
+    tables = {"Base model": artifact.base_model, "Sparse attention": vars(artifact.config)}
+    tables |= {STAGES.get(name, name): stage["settings"] for name, stage in artifact.stages.items()}
+    if "settings" in evaluation:
+        tables["Evaluation"] = {**evaluation["settings"], "sources": evaluation.get("sources", [])}
+    return tables
+
+
 def tokens(count: float) -> str:
     """2048 -> "2,048 tokens"."""
     return f"{count:,.0f} tokens"
@@ -243,14 +275,10 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     if rows:
         lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        table += (
-            "\n\nDense and sparse answered the same samples. Difference is sparse minus dense with its 95 % interval; one "
-            "whose interval holds 0 may be chance."
-        )
+        table += f"\n\n{CAPTION}"
     else:
         table = "Nothing has been measured for this artefact yet; `rtpurbo eval` compares it with its dense base model."
-    sections = {"base model": {**artifact.base_model, "name": shown}, "sparse attention": vars(artifact.config)}
-    sections |= {stage.replace("_", " "): found["settings"] for stage, found in artifact.stages.items()}
+    sections = {**all_settings(artifact, {}), "Base model": {**artifact.base_model, "name": shown}}
     settings = "\n".join(
         f"- **{_plain(title)}**: {', '.join(f'{_plain(k)} = {_plain(v)}' for k, v in values.items())}"
         for title, values in sections.items()

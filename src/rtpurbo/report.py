@@ -10,18 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import CONFIG_FILE, Artifact, atomic_path
-from .model_card import HEADER, check_stages, measured_rows, read_curve, read_evaluation, speed_pairs, tokens
+from .model_card import (
+    CAPTION,
+    HEADER,
+    STAGES,
+    all_settings,
+    check_stages,
+    computed_cache,
+    measured_rows,
+    read_curve,
+    read_evaluation,
+    speed_pairs,
+    tokens,
+)
 
 DENSE, SPARSE, MARK = "#4d4d4d", "#0072b2", "#d55e00"
 """Told apart by colour-blind readers (Okabe and Ito); what is dense is dashed or hollow too, for prints without colour."""
-_STAGES = {"calibrate": "Head map", "train_indexer": "Index", "distill": "Distilled weights", "eval": "Evaluation"}
+_STYLES = (("dense", DENSE, "dash", "circle-open"), ("sparse", SPARSE, "solid", "circle"))
 _STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: #fff; color: #1f2328; color-scheme: light;
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 } h3 { font-size: 1rem; margin: 12px 0 4px }
 h2 { font-size: 1.25rem; margin: 36px 0 8px; padding-top: 12px; border-top: 1px solid #d5d9de }
-h3 { font-size: 1rem; margin: 12px 0 4px }
 p, figcaption { margin: 6px 0; max-width: 80ch }
 figcaption, .caption { color: #57606a; font-size: .9rem }
 figure { margin: 8px 0 16px; min-width: 0 }
@@ -30,17 +41,16 @@ code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
 .tiles div { border: 1px solid #d5d9de; border-radius: 8px; padding: 10px 14px; font-size: .85rem; color: #57606a }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.3; color: #1f2328 }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 0 28px }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)) }
+.grid { --least: 320px; display: grid; gap: 0 28px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)) }
+.two { --least: 440px }
 .pair { display: flex; flex-wrap: wrap; gap: 12px 24px }
 .columns { columns: 2 400px; column-gap: 28px }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: 6px 0 12px; width: 100% }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e6e8eb; vertical-align: top; font-weight: 400 }
 thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
-.rows th:first-child { width: 100% }
-.columns th { width: 45%; overflow-wrap: normal }
-.needle { width: auto }
-.needle caption { text-align: left; font-weight: 600; color: #57606a }
+.rows th:first-child { width: 100% } .columns th { width: 45%; overflow-wrap: normal }
+.needle { width: auto } .needle caption { text-align: left; font-weight: 600; color: #57606a }
 .needle th, .needle td { text-align: center; padding: 4px 8px; border: 2px solid #fff; overflow-wrap: normal }
 .needle small { display: block; font-size: .75rem; white-space: nowrap }
 @media (min-width: 601px), print { .rows td, .rows thead th { white-space: nowrap } }
@@ -49,22 +59,17 @@ thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
   body { padding: 16px 14px 32px }
   .rows thead, .rows .none { display: none }
   .rows tr { display: flex; flex-wrap: wrap; gap: 0 16px; padding: 6px 0; border-bottom: 1px solid #d5d9de }
-  .rows th, .rows td { padding: 0; border: 0 }
-  .rows th { flex: 0 0 100%; font-weight: 600 }
+  .rows th, .rows td { padding: 0; border: 0 } .rows th { flex: 0 0 100%; font-weight: 600 }
   .rows td::before { content: attr(data-label) " "; color: #57606a }
 }
 @media print {
   @page { margin: 14mm 12mm }
-  html { font-size: 10pt }
+  html { font-size: 10pt } h2 { margin-top: 20px } .rows { font-size: .8rem }
   body { padding: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  h2 { margin-top: 20px }
   h2, h3, thead { break-after: avoid }
   figcaption, .caption, .note { break-before: avoid }
   figure, tr, .tiles, .note, .pair, .columns section { break-inside: avoid }
-  .grid { grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
-  .two { grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)) }
-  .columns { columns: 2 }
-  .rows { font-size: .8rem }
+  .grid { --least: 200px } .two { --least: 320px } .columns { columns: 2 }
 }
 """
 _SCRIPT = """
@@ -123,11 +128,10 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
                 tiles.append((f"{found[key] / dense[key]:.2f} ×", f"the dense {what} at {tokens(dense['length_tokens'])}"))
     missing = "".join(
         f"<p class=note><b>{title}:</b> not there yet. Add it with <code>rtpurbo {stage.replace('_', '-')}</code>.</p>"
-        for stage, title in _STAGES.items()
+        for stage, title in STAGES.items()
         if stage not in artifact.stages and not (stage == "eval" and evaluation)
     )
-    caption = "Both sides answered the same samples. Difference is sparse minus dense with its 95 % interval; one whose interval "
-    summary = f"{_table(HEADER, rows, 'rows')}<p class=caption>{caption}holds 0 may be chance.</p>" if rows else ""
+    summary = f"{_table(HEADER, rows, 'rows')}<p class=caption>{escape(CAPTION)}</p>" if rows else ""
     sections = {
         "Dense and sparse": missing + summary,
         "Head map": _head_map(artifact),
@@ -219,7 +223,7 @@ def _head_map(artifact: Artifact) -> str:
     bar |= {"tickvals": [0, 0.5, 1], "ticktext": ["0", "score", "1"]}
     heat = {"type": "heatmap", "z": z, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "showscale": bool(stage), "colorbar": bar}
     heat |= {"hovertemplate": "layer %{x}, query head %{y}<br>score %{z:.3f}<extra></extra>"}
-    heat |= {"colorscale": [[0, "#eef3f8"], [1, "#08457e"]]}
+    heat["colorscale"] = [[0, "#eef3f8"], [1, "#08457e"]]
     marks = _line("retrieval head", outline_x, outline_y, "", MARK, hoverinfo="skip", showlegend=True)
     edges = [g * size - 0.5 for g in range(1, heads.kv_heads)]
     borders = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": e, "y1": e, "line": {"width": 1.5}} for e in edges]
@@ -229,9 +233,10 @@ def _head_map(artifact: Artifact) -> str:
         + ("; blank columns are layers left as they are." if None in heads.retrieval else ".")
     )
     x = {"title": "layer", "showgrid": False, "range": [-0.5, len(layers) - 0.5]}
-    y = {"tickvals": [(g + 0.5) * size - 0.5 for g in range(heads.kv_heads)], "showgrid": False, "title": "query heads"}
-    y |= {"ticktext": [f"KV {g}" for g in range(heads.kv_heads)], "range": [heads.query_heads - 0.5, -0.5]}
-    height = 130 + min(620, heads.query_heads * max(11, min(22, 260 // size)))
+    named = range(0, heads.kv_heads, 1 + heads.kv_heads // 33)
+    y = {"title": "query heads", "showgrid": False, "range": [heads.query_heads - 0.5, -0.5]}
+    y |= {"tickvals": [(g + 0.5) * size - 0.5 for g in named], "ticktext": [f"KV {g}" for g in named]}
+    height = 130 + min(620, 22 * heads.query_heads)
     figure = _figure("head-map", caption, [heat, marks], x=x, y=y, height=height, shapes=borders)
     metrics = stage["metrics"] if stage else {"notes": ["This head map was made without calibration, so it has no scores."]}
     if "overlap_between_halves" in metrics:
@@ -292,10 +297,11 @@ def _needles(results: list[dict[str, Any]]) -> str:
             head = "".join(f"<th scope=col>{n if n % 1024 else f'{n // 1024}k'}</th>" for n in lengths)
             lines = [f"<th scope=col>depth</th>{head}"]
             for depth in sorted({d for grid in grids.values() for d in grid}):
-                lines.append(f"<th scope=row>{escape(depth)}</th>" + "".join(
-                    f'<td style="background:color-mix(in srgb,#f6f5f1 {c[name]:.1%},#e8853b)">{c[name]:.0%}'
-                    f"<small>n = {c['samples']}</small></td>" if c else "<td></td>"
-                    for c in (grids[n].get(depth) for n in lengths)))  # fmt: skip
+                lines.append(f"<th scope=row>{escape(depth)}</th>")
+                for cell in (grids[n].get(depth) for n in lengths):
+                    color = f"background:color-mix(in srgb, #f6f5f1 {cell[name]:.1%}, #e8853b)" if cell else ""
+                    share = f"{cell[name]:.0%}<small>n = {cell['samples']}</small>" if cell else ""
+                    lines[-1] += f'<td style="{color}">{share}</td>'
             tables.append(f"<table class=needle><caption>{name.title()}</caption><tr>{'</tr><tr>'.join(lines)}</tr></table>")
         title = escape(kind.replace("_", "-").capitalize())
         blocks.append(f"<section><h3>{title}</h3><div class=pair>{''.join(tables)}</div></section>")
@@ -311,7 +317,7 @@ def _loss(losses: dict[str, Any]) -> str:
     for number, (source, one) in enumerate(losses.items()):
         buckets, traces = one["by_position"], []
         edges = [b["from"] for b in buckets] + [b["to"] for b in buckets[-1:]]
-        for name, color, dash in (("dense", DENSE, "dash"), ("sparse", SPARSE, "solid")):
+        for name, color, dash, _ in _STYLES:
             values = [b[f"loss_{name}"] for b in (*buckets, *buckets[-1:])]
             traces.append(_line(name, edges, values, f"{name}: %{{y:.4f}} nats", color, dash=dash, shape="hv"))
         what = f"{source}, {one['samples']} documents"
@@ -321,26 +327,11 @@ def _loss(losses: dict[str, Any]) -> str:
     return f"<div class='grid two'>{''.join(figures)}</div>" if figures else ""
 
 
-def _computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[float]) -> dict[str, list[float]]:
-    """Bytes of a dense and a sparse cache by formula; nothing where the measured dense cache does not follow it."""
-    heads, sparse, dim = artifact.heads, artifact.config, artifact.base_model.get("head_dim", 0)
-    every = len(heads.retrieval) * heads.kv_heads
-    width = dense["cache_bytes"] / (2 * every * dim * dense["length_tokens"]) if dim else 0
-    if width not in (2, 4) or None in heads.retrieval:
-        return {}
-    full = sum(len(heads.full_kv_heads(i)) for i in heads.layers)
-    index = sum(len(heads.units(i)) for i in heads.layers) * sparse.index_dim * (artifact.indexer is not None)
-    local = [(every - full) * min(n, sparse.window_tokens - 1 + sparse.sink_tokens) for n in lengths]
-    found = [width * (2 * dim * (full * n + near) + index * n) for n, near in zip(lengths, local, strict=True)]
-    return {"dense": [width * 2 * dim * every * n for n in lengths], "sparse": found}
-
-
 def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
     measured, traces = [dense["length_tokens"] for dense, _ in pairs], []
     ends = sorted([0.0, artifact.config.window_tokens + artifact.config.sink_tokens, 1.25 * measured[-1]])
-    computed = _computed_cache(artifact, pairs[-1][0], ends)
-    styles = (("dense", DENSE, "dash", "circle-open"), ("sparse", SPARSE, "solid", "circle"))
-    for i, (name, color, dash, symbol) in enumerate(styles):
+    computed = computed_cache(artifact, pairs[-1][0], ends)
+    for i, (name, color, dash, symbol) in enumerate(_STYLES):
         marker = {"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}}
         sizes, hover = [pair[i]["cache_bytes"] / 2**20 for pair in pairs], "%{x:,} tokens: %{y:,.1f} MiB"
         traces.append(_line(f"{name}, measured", measured, sizes, hover, color, mode="markers", marker=marker))
@@ -355,17 +346,12 @@ def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, flo
 
 
 def _settings(artifact: Artifact, evaluation: dict[str, Any]) -> str:
-    tables = {"Base model": artifact.base_model, "Sparse attention": vars(artifact.config)}
-    tables |= {_STAGES.get(name, name): stage["settings"] for name, stage in artifact.stages.items()}
-    if "settings" in evaluation:
-        tables["Evaluation"] = {**evaluation["settings"], "sources": evaluation.get("sources", [])}
-
     def text(value: Any) -> str:
         plain = {"None": "not set", "True": "yes", "False": "no"}.get(str(value), str(value))
         return ", ".join(map(text, value)) or "none" if isinstance(value, list) else plain
 
     blocks = []
-    for title, values in tables.items():
+    for title, values in all_settings(artifact, evaluation).items():
         table = _table(("Setting", "Value"), [(name, text(value)) for name, value in values.items()])
         blocks.append(f"<section><h3>{escape(title)}</h3>{table}</section>")
     return f"<div class=columns>{''.join(blocks)}</div>"
