@@ -24,7 +24,7 @@ from rtpurbo.indexer_training import (
     train_indexer,
     unit_scores,
 )
-from tiny_text import artifact_for, copy_model, everything_of, random_model, text_file, word_tokenizer
+from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
 
 LENGTH = 160
 CONFIG = IndexerConfig(steps=8, length_tokens=LENGTH, queries=16, documents=6, save_every=3, seed=1)
@@ -41,8 +41,9 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    return text_file(tmp_path_factory.mktemp("text"))
+def source(tmp_path_factory):
+    with text_source(tmp_path_factory.mktemp("text")) as name:
+        yield name
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +183,10 @@ def test_closed_form_finds_attention_that_is_a_low_rank_product():
 @pytest.mark.parametrize("name", MAPS)
 def test_steps_reduce_the_kl_of_unseen_documents(model, tokenizer, source, name, start):
     made = artifact(model, name)
-    config = dataclasses.replace(CONFIG, start=start, steps=40, learning_rate=2e-3, queries=32, save_every=0)
+    config = dataclasses.replace(CONFIG, start=start, steps=40, learning_rate=4e-3, queries=32, save_every=0)
     before = metrics_of(train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, steps=0)))
     after = metrics_of(train_indexer(model, tokenizer, made, [source], config))
-    assert after["kl"] < 0.97 * before["kl"]
+    assert after["kl"] < {"random": 0.6, "closed_form": 0.985}[start] * before["kl"]
     assert after["loss_last"] < after["loss_first"]
 
 

@@ -6,8 +6,11 @@ import functools
 import math
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -68,11 +71,13 @@ def prose(words: int, seed: int = 0) -> str:
     return "\n".join(" ".join(chosen[i : i + 12]) for i in range(0, words, 12))
 
 
-def text_file(folder: Path, *, words: int = 20000, seed: int = 0) -> str:
-    """A source of prose in `folder`."""
-    path = folder / f"prose-{seed}.txt"
-    path.write_text(prose(words, seed))
-    return str(path)
+@contextmanager
+def text_source(folder: Path, *, words: int = 20000) -> Iterator[str]:
+    """A source of prose; relative to the working directory, so that its name and what a seed draws from it stay the same."""
+    (folder / "prose.txt").write_text(prose(words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield "prose.txt"
 
 
 def random_model(*, seed: int = 0, context: int = 512, layers: int = 2, **overrides) -> LlamaForCausalLM:

@@ -1,0 +1,449 @@
+"""Stage 2: the loss, the examples, teacher and student, what is saved, what is given back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rtpurbo import distillation
+from rtpurbo.attach import attached, sparsify
+from rtpurbo.config import DistillConfig, IndexerConfig
+from rtpurbo.data import documents, mixed_document
+from rtpurbo.distillation import distill, top_kl, training_example
+from rtpurbo.evals.compare import both
+from rtpurbo.generate import load
+from rtpurbo.indexer_training import train_indexer
+from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
+
+LENGTH = 128
+CONFIG = DistillConfig(steps=6, length_tokens=LENGTH, labels=32, lora_rank=4, learning_rate=2e-3, save_every=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    with text_source(tmp_path_factory.mktemp("text")) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def made(model, tokenizer, source):
+    """`model` after stage 1: a quarter of the heads retrieve, the window is short."""
+    before = artifact_for(model, ((1,), (0,)), window_tokens=16, top_p=0.8)
+    config = IndexerConfig(steps=0, length_tokens=LENGTH, queries=16, documents=4)
+    return train_indexer(model, tokenizer, before, [source], config)
+
+
+@pytest.fixture
+def loss_inputs(monkeypatch):
+    """(student logits, teacher logits) of every call of the loss."""
+    seen = []
+
+    def watch(student, teacher, top):
+        seen.append((student.detach().clone(), teacher.clone()))
+        return top_kl(student, teacher, top)
+
+    monkeypatch.setattr(distillation, "top_kl", watch)
+    return seen
+
+
+def tensors(artifact) -> dict[str, torch.Tensor]:
+    return {k: t for file in sorted(artifact.weights_path.glob("*.safetensors")) for k, t in load_file(file).items()}
+
+
+def assert_same_weights(a, b) -> None:
+    got, want = tensors(a), tensors(b)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert a.stages["distill"] == b.stages["distill"]
+
+
+# The loss
+
+
+def brute_force_kl(student: torch.Tensor, teacher: torch.Tensor, top: int) -> torch.Tensor:
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    out = []
+    for row in range(len(p)):
+        best = sorted(range(p.shape[1]), key=lambda i, row=row: -p[row, i].item())[:top]
+        classes = [(p[row, i], q[row, i]) for i in best]
+        classes.append((1 - sum(a for a, _ in classes), 1 - sum(b for _, b in classes)))
+        out.append(sum(a * (a / b).log() for a, b in classes))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("top", [1, 4, 10])
+def test_top_kl_and_its_gradient_against_brute_force(top):
+    torch.manual_seed(0)
+    teacher = 2 * torch.randn(5, 30)
+    student = (teacher + torch.randn(5, 30)).requires_grad_()
+    got = top_kl(student, teacher, top)
+    (gradient,) = torch.autograd.grad(got.sum(), student)
+    want = brute_force_kl(student, teacher, top)
+    (true_gradient,) = torch.autograd.grad(want.sum(), student)
+    torch.testing.assert_close(got, want.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient, true_gradient, atol=1e-5, rtol=1e-3)
+    assert (got > 0).all()
+    assert gradient.abs().amax() > 1e-3
+
+
+def test_top_kl_knows_all_tokens_when_top_covers_the_vocabulary():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(5, 8), torch.randn(5, 8)
+    want = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    torch.testing.assert_close(top_kl(student, teacher, 7), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(top_kl(student, teacher, 100), want, atol=1e-5, rtol=1e-4)
+
+
+def test_top_kl_is_zero_for_equal_and_finite_for_extreme_logits():
+    logits = torch.tensor([[0.0, 50.0, -50.0, 1.0], [1e4, 0.0, 0.0, -1e4]], requires_grad=True)
+    same = top_kl(logits, logits.detach(), 2)
+    torch.testing.assert_close(same, torch.zeros(2), atol=1e-5, rtol=0)
+    other = top_kl(logits, logits.detach().flip(-1), 2)
+    (gradient,) = torch.autograd.grad(other.sum(), logits)
+    assert other.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_top_kl_does_not_care_how_the_rest_is_spread_but_how_much_it_is():
+    teacher = torch.tensor([[4.0, 3.0, 0.0, 0.0, 0.0]])
+    spread = torch.tensor([[4.0, 3.0, 1.0, -5.0, math.log(3 - math.e - math.exp(-5))]])
+    torch.testing.assert_close(top_kl(spread, teacher, 2), torch.zeros(1), atol=1e-5, rtol=0)
+    more = torch.tensor([[4.0, 3.0, 2.0, 2.0, 2.0]])
+    assert top_kl(more, teacher, 2) > 0.05
+
+
+# Examples
+
+
+def test_examples_carry_questions_at_the_asked_share(tokenizer, source):
+    document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
+    carries = []
+    for ratio in (0.0, 0.5, 1.0):
+        config = dataclasses.replace(CONFIG, retrieval_ratio=ratio)
+        turns = [training_example(document, tokenizer, config, turn, 64)[0] for turn in range(40)]
+        assert all(len(t) == 256 for t in turns)
+        carries.append(sum(not torch.equal(t, document) for t in turns))
+    assert carries[0] == 0
+    assert 10 <= carries[1] <= 30
+    assert carries[2] == 40
+
+
+def test_labels_are_every_answer_and_places_beyond_the_window(tokenizer, source):
+    document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
+    config = dataclasses.replace(CONFIG, retrieval_ratio=1.0)
+    digits = {i for word, i in tokenizer.get_vocab().items() if word.isdigit()}
+    spread = set()
+    for turn in range(20):
+        tokens, labels, _ = training_example(document, tokenizer, config, turn, 64)
+        places = labels.tolist()
+        assert places == sorted(set(places))
+        assert 32 <= len(places) <= 32 + 9  # an answer has four tokens, two answers eight and a comma
+        assert min(places) >= 64
+        assert max(places) <= 254
+        last = 255  # the document ends with the answer's last token
+        while int(tokens[last]) in digits:
+            assert last - 1 in places
+            last -= 1
+        assert last == 251
+        spread |= set(places)
+    assert len([p for p in spread if p < 160]) > 60  # all over the document, not at its end only
+
+
+def test_labels_of_a_document_hardly_longer_than_the_window(tokenizer, source):
+    document = documents([source], tokenizer, length_tokens=40, count=1, seed=1)[0]
+    config = dataclasses.replace(CONFIG, retrieval_ratio=0.0, labels=1000)
+    _, labels, _ = training_example(document, tokenizer, config, 0, 39)
+    assert labels.tolist() == list(range(20, 39))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_answers_share_their_weight(tokenizer, source, weight):
+    document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
+    for ratio in (0.0, 1.0):
+        config = dataclasses.replace(CONFIG, retrieval_ratio=ratio, answer_weight=weight)
+        for turn in range(10):
+            tokens, labels, weights = training_example(document, tokenizer, config, turn, 64)
+            _, answers = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}")
+            assert bool(answers) == bool(ratio)
+            assert torch.equal(tokens, document) != bool(answers)
+            is_answer = torch.isin(labels, torch.tensor(answers, dtype=torch.long))
+            assert is_answer.sum() == len(answers)
+            assert weights[is_answer].sum().item() == pytest.approx(weight if answers else 0.0)
+            assert weights[~is_answer].sum().item() == pytest.approx(1 - weight if answers else 1.0)
+            for group in (weights[is_answer], weights[~is_answer]):
+                assert len(group.unique()) <= 1
+
+
+def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_inputs):
+    config = dataclasses.replace(CONFIG, steps=1, retrieval_ratio=1.0, save_every=0)
+    done = distill(model, tokenizer, made, [source], config)
+    text = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=config.seed + 1)[0]
+    _, _, weights = training_example(text, tokenizer, config, 0, 16)
+    ((student, teacher),) = loss_inputs
+    want = (brute_force_kl(student, teacher, 10) * weights).sum().item()
+    assert done.stages["distill"]["metrics"]["loss_first"] == pytest.approx(want, rel=1e-3)
+
+
+def test_an_example_depends_on_seed_and_turn_alone(tokenizer, source):
+    document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
+
+    def one(turn: int, seed: int = 1):
+        return [t.tolist() for t in training_example(document, tokenizer, dataclasses.replace(CONFIG, seed=seed), turn, 64)]
+
+    assert one(3) == one(3)
+    assert one(3) != one(4)
+    assert one(3) != one(3, seed=2)
+
+
+# Teacher and student
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_teacher_is_dense_and_student_sparse(model, made, tokenizer, source, loss_inputs, weights):
+    config = dataclasses.replace(CONFIG, weights=weights, steps=3, save_every=0)
+    distill(model, tokenizer, made, [source], config)
+    texts = documents([source], tokenizer, length_tokens=LENGTH, count=3, seed=config.seed + 1)
+    for turn, (student, teacher) in enumerate(loss_inputs):
+        tokens, labels, _ = training_example(texts[turn], tokenizer, config, turn, 16)
+        with torch.no_grad():
+            dense = model(tokens[None]).logits[0, labels]
+            with attached(model, made.heads, made.config, made.indexer):
+                sparse = model(tokens[None]).logits[0, labels]
+        torch.testing.assert_close(teacher, dense, atol=1e-4, rtol=1e-4)
+        assert (dense - sparse).abs().amax() > 0.5
+        difference = (student - sparse).abs().amax()
+        assert difference < 1e-3 if turn == 0 else difference > 1e-3  # training has moved it
+
+
+@pytest.mark.parametrize(("weights", "rate"), [("lora", 1e-2), ("full", 3e-3)])
+def test_training_brings_the_sparse_model_closer_on_unseen_text(model, made, tokenizer, source, tmp_path, weights, rate):
+    config = dataclasses.replace(
+        CONFIG, weights=weights, steps=80, learning_rate=rate, labels=100, retrieval_ratio=0.0, save_every=80
+    )
+    done = distill(model, tokenizer, made, [source], config, work=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = done.stages["distill"]["metrics"]
+    assert metrics["loss_first"] == rows[0]["loss"]
+    assert metrics["loss_last"] == pytest.approx(sum(row["loss"] for row in rows[-8:]) / 8)
+    assert metrics["top1_agreement_last"] == pytest.approx(sum(row["top1_agreement"] for row in rows[-8:]) / 8)
+
+    @torch.no_grad()
+    def loss(artifact) -> float:
+        total = 0.0
+        with both(model, artifact) as switch:
+            for tokens in documents([source], tokenizer, length_tokens=LENGTH, count=8, seed=99):
+                logits = {}
+                for name in ("dense", "sparse"):
+                    with switch(name) as ready:
+                        logits[name] = ready(tokens[None]).logits[0, 20:]
+                total += top_kl(logits["sparse"], logits["dense"], 10).mean().item() / 8
+        return total
+
+    assert loss(done) < 0.9 * loss(made)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_the_index_stays_as_it_was(model, made, tokenizer, source, weights):
+    before = {name: t.clone() for name, t in made.indexer.items()}
+    done = distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, weights=weights))
+    assert done.indexer.keys() == before.keys()
+    assert all(torch.equal(done.indexer[name], before[name]) for name in before)
+    assert not any("rtpurbo" in name for name in tensors(done))
+
+
+def test_checkpointing_changes_nothing_but_memory(model, made, tokenizer, source, loss_inputs):
+    done = [
+        distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, gradient_checkpointing=on, save_every=0))
+        for on in (True, False)
+    ]
+    half = len(loss_inputs) // 2
+    for (a, _), (b, _) in zip(loss_inputs[:half], loss_inputs[half:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for name, t in tensors(done[0]).items():
+        torch.testing.assert_close(t, tensors(done[1])[name], atol=1e-3, rtol=1e-2)
+
+
+def test_checkpointing_recomputes_every_layer(model, made, tokenizer, source, monkeypatch):
+    runs = []
+    part = model.model.layers[1].mlp
+    hook = part.register_forward_pre_hook(lambda *args: runs.append(torch.is_grad_enabled()))
+    try:
+        for on, times in ((False, 1), (True, 2)):
+            runs.clear()
+            config = dataclasses.replace(CONFIG, steps=1, gradient_checkpointing=on, save_every=0)
+            distill(model, tokenizer, made, [source], config)
+            assert sum(runs) == times
+            assert len(runs) - sum(runs) == 1  # the teacher
+    finally:
+        hook.remove()
+
+
+def test_batch_of_two_is_the_mean_of_two_turns(model, made, tokenizer, source):
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=2, save_every=0)
+    both = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
+    config = dataclasses.replace(CONFIG, steps=2, learning_rate=1e-12, save_every=0)
+    single = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
+    want = (single["loss_first"] + single["loss_last"]) / 2
+    assert both["loss_first"] == pytest.approx(want, rel=1e-4)
+
+
+# What is saved
+
+
+def test_the_saved_adapter_is_what_was_trained(model, made, tokenizer, source, tmp_path, loss_inputs):
+    work, output = tmp_path / "work", tmp_path / "artifact"
+    done = distill(model, tokenizer, made, [source], CONFIG, work=work)
+    assert {p.name for p in done.weights_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    state = load_file(work / "state.safetensors")
+    saved = tensors(done)
+    assert len(saved) == 2 * 4 * 2  # A and B of four projections in two layers
+    for name, t in saved.items():
+        trained = state[f"parameter.{name.replace('.weight', '.default.weight')}"]
+        assert t.dtype == torch.bfloat16
+        assert torch.equal(t, trained.bfloat16())
+    done.save(output)
+    ids = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=4)[0][None]
+    with torch.no_grad(), sparsify(model, str(output)) as sparse:
+        adapted = sparse(ids).logits
+    with torch.no_grad(), sparsify(model, made) as sparse:
+        plain = sparse(ids).logits
+    assert (adapted - plain).abs().amax() > 0.01
+
+
+def test_the_saved_full_model_stands_alone(model, made, tokenizer, source, tmp_path):
+    config = dataclasses.replace(CONFIG, weights="full")
+    done = distill(model, tokenizer, made, [source], config, work=tmp_path / "work")
+    done.save(tmp_path / "artifact")
+    got = json.loads(next((tmp_path / "artifact").glob("full.*/config.json")).read_text())
+    assert "rtpurbo" not in json.dumps(got)
+    sparse, own_tokenizer = load(tmp_path / "artifact")
+    assert own_tokenizer("good day").input_ids == tokenizer("good day").input_ids
+    state = load_file(tmp_path / "work" / "state.safetensors")
+    trained = {name: p for name, p in sparse.named_parameters() if "rtpurbo" not in name}
+    assert trained.keys() == dict(model.named_parameters()).keys()
+    for name, p in trained.items():
+        assert torch.equal(p, state[f"parameter.{name}"].bfloat16().float()), name
+        assert not torch.equal(p, model.get_parameter(name)), name
+
+
+def test_a_tied_model_is_saved_whole(tokenizer, source, tmp_path):
+    model = random_model(tie_word_embeddings=True)
+    made = artifact_for(model, ((1,), (0,)), window_tokens=16)
+    made = train_indexer(model, tokenizer, made, [source], IndexerConfig(steps=0, length_tokens=LENGTH, documents=2))
+    config = dataclasses.replace(CONFIG, weights="full", steps=2)
+    done = distill(model, tokenizer, made, [source], config, work=tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(done.weights_path, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(done.weights_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    trained = load_file(tmp_path / "state.safetensors")["parameter.model.embed_tokens.weight"]
+    assert torch.equal(loaded.lm_head.weight, trained.bfloat16().float())
+
+
+# Resuming
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("weights", "kill_at"), [("lora", 1), ("lora", 5), ("full", 3)])
+def test_resume_is_bitwise_the_same(model, made, tokenizer, source, tmp_path, monkeypatch, weights, kill_at):
+    config = dataclasses.replace(CONFIG, weights=weights)
+    want = distill(model, tokenizer, made, [source], config)
+    calls = []
+
+    def killing(*args):
+        calls.append(1)
+        if len(calls) > kill_at:
+            raise Killed
+        return top_kl(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "top_kl", killing)
+        with pytest.raises(Killed):
+            distill(model, tokenizer, made, [source], config, work=tmp_path)
+    calls.clear()
+    monkeypatch.setattr(distillation, "top_kl", lambda *args: calls.append(1) or top_kl(*args))
+    got = distill(model, tokenizer, made, [source], config, work=tmp_path)
+    assert len(calls) == config.steps - kill_at // 2 * 2
+    assert_same_weights(got, want)
+
+
+def test_another_index_starts_anew(model, made, tokenizer, source, tmp_path):
+    distill(model, tokenizer, made, [source], CONFIG, work=tmp_path)
+    other = dataclasses.replace(made, indexer={name: -2 * t for name, t in made.indexer.items()})
+    got = distill(model, tokenizer, other, [source], CONFIG, work=tmp_path)
+    assert_same_weights(got, distill(model, tokenizer, other, [source], CONFIG))
+
+
+# What is given back
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("how", ["as loaded", "in training", "checkpointing"])
+def test_the_model_comes_back_unchanged(tokenizer, source, weights, how):
+    model = copy_model(noise=0.02)
+    made = artifact_for(model)
+    made = train_indexer(model, tokenizer, made, [source], IndexerConfig(steps=0, length_tokens=LENGTH, documents=2))
+    if how != "as loaded":
+        model.train()
+        model.model.layers[0].requires_grad_(False)
+    if how == "checkpointing":
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    before = everything_of(model)
+    distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, weights=weights, steps=2))
+    assert everything_of(model) == before
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_nan_names_the_step_and_gives_the_model_back(made, tokenizer, source, tmp_path, monkeypatch, weights):
+    model = random_model()
+    before, calls = everything_of(model), []
+
+    def bad(student, teacher, top):
+        calls.append(1)
+        return top_kl(student, teacher, top) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(distillation, "top_kl", bad)
+    with pytest.raises(ValueError, match=r"Stage 2.*nan.*step 3; the state after step 2 is kept"):
+        distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, weights=weights), work=tmp_path)
+    assert everything_of(model) == before
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "state.safetensors").values())
+
+
+def test_no_steps(model, made, tokenizer, source):
+    done = distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, steps=0))
+    assert done.stages["distill"]["metrics"] == {}
+    assert all((t == 0).all() for name, t in tensors(done).items() if "lora_B" in name)
+
+
+def test_wrong_inputs_are_named(model, made, tokenizer, source):
+    with pytest.raises(ValueError, match="no indexer yet"):
+        distill(model, tokenizer, artifact_for(model), [source], CONFIG)
+    other = dataclasses.replace(made, base_model={**made.base_model, "fingerprint": "0" * 64})
+    with pytest.raises(ValueError, match="made for other weights"):
+        distill(model, tokenizer, other, [source], CONFIG)
+    with pytest.raises(ValueError, match="beyond the model's context"):
+        distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, length_tokens=513))
+    with pytest.raises(ValueError, match=r"not longer than window \+ sinks"):
+        distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, length_tokens=20))
