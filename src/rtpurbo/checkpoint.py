@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,8 @@ _SECTIONS = {
     "weights": ("kind", "directory"),
 }
 """Sections that must be objects, and the texts that each must hold."""
-_OURS = ("rtpurbo_indexer.", "lora.", "full.", ".tmp-")
-"""Beginnings of the names that `save` gives."""
+_OURS = re.compile(r"rtpurbo_indexer\.[0-9a-f]{8}\.safetensors|(lora|full)\.[0-9a-f]{8}|\.tmp-\d+-.+")
+"""Names that `save` gives."""
 _FILES = {"lora": ("adapter_config.json", "adapter_model.safetensors"), "full": ("config.json",)}
 """Files that each kind of weights must hold."""
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -85,7 +86,8 @@ class Artifact:
             raise ValueError(f"{path / CONFIG_FILE} is damaged: its format_version is {version!r}. Convert again.")
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"{path} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. Upgrade rtpurbo."
+                f"{path} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
+                "Upgrade rtpurbo."
             )
         for key in raw:
             if key not in _KEYS:
@@ -203,7 +205,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"Output {str(path)!r} is a file; expected a directory.")
     if not path.is_dir() or (path / CONFIG_FILE).is_file() or (path / WORK_DIR / CONFIG_FILE).is_file():
         return
-    foreign = sorted(e.name for e in path.iterdir() if e.name != WORK_DIR and not e.name.startswith(".tmp-"))
+    foreign = sorted(e.name for e in path.iterdir() if e.name != WORK_DIR and not _OURS.fullmatch(e.name))
     if foreign:
         raise ValueError(
             f"Output directory {str(path)!r} holds other files ({', '.join(foreign[:3])}); "
@@ -229,7 +231,7 @@ def _sweep(path: Path) -> None:
     config = path / CONFIG_FILE
     text = config.read_text(errors="replace") if config.is_file() else ""
     for entry in path.iterdir():
-        if entry.name.startswith(_OURS) and entry.name not in text:
+        if _OURS.fullmatch(entry.name) and entry.name not in text:
             _remove(entry)
 
 
