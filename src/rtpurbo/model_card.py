@@ -7,10 +7,12 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import Artifact
 from .models import EMBEDDED
+
+if TYPE_CHECKING:
+    from .checkpoint import Artifact
 
 STAGES = {"calibrate": "Head map", "train_indexer": "Index", "distill": "Distilled weights", "eval": "Evaluation"}
 HEADER = ("Measure", "Dense", "Sparse", "Difference [95 %]", "Samples")
