@@ -34,19 +34,21 @@ def module_of(file: Path) -> str:
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
 
-def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING:`."""
+def at_run_time(tree: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:` and, unless asked for, inside of functions."""
     yield tree
     for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-            yield from at_run_time(child)
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from at_run_time(child, functions=functions)
 
 
-def our_imports(file: Path, tree: ast.AST) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it, by the same names as `module_of`."""
+def our_imports(file: Path, tree: ast.AST, *, functions: bool = True) -> set[str]:
+    """Modules of ours that a file imports, by the same names as `module_of`."""
     package = ["rtpurbo", *file.relative_to(ROOT).parts[:-1]]
     found = set()
-    for node in at_run_time(tree):
+    for node in at_run_time(tree, functions=functions):
         if isinstance(node, ast.Import):
             paths = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -59,12 +61,14 @@ def our_imports(file: Path, tree: ast.AST) -> set[str]:
     return found - {"__version__"}
 
 
-def graph() -> dict[str, set[str]]:
+def graph(*, functions: bool = True) -> dict[str, set[str]]:
     edges: dict[str, set[str]] = {}
     for file in sources():
         module = module_of(file)
         if module:
-            edges.setdefault(module, set()).update(our_imports(file, ast.parse(file.read_text())) - {module})
+            edges.setdefault(module, set()).update(
+                our_imports(file, ast.parse(file.read_text()), functions=functions) - {module}
+            )
     return edges
 
 
@@ -90,8 +94,8 @@ def test_the_foundation_knows_nothing_of_ours():
     }
 
 
-def test_no_circles():
-    edges, done = graph(), set()
+def test_no_circles_on_import():
+    edges, done = graph(functions=False), set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join([*path, module])
@@ -177,6 +181,11 @@ def test_the_check_itself_lets_the_rest_pass():
 )
 def test_the_check_itself_sees_imports(code, found):
     assert our_imports(ROOT / "cache.py", ast.parse(code)) == found
+
+
+def test_the_check_itself_tells_imports_inside_of_functions():
+    tree = ast.parse("from .ops import x\ndef f():\n    from .models import y")
+    assert our_imports(ROOT / "cache.py", tree, functions=False) == {"ops"}
 
 
 def test_the_check_itself_sees_imports_from_subpackages():
