@@ -156,6 +156,8 @@ def distill(
         if config.weights == "lora" and not sharded:
             student.unload()
             model.__dict__.pop("peft_config", None)
+        if accelerator.num_processes > 1:
+            accelerator.free_memory()  # it would keep what it prepared
     metrics: dict[str, Any] = {}
     if history:
         tail = history[-max(1, len(history) // 10) :]

@@ -185,6 +185,7 @@ def train_indexer(
             little text, or a loss that became NaN.
     """
     from accelerate import Accelerator
+    from accelerate.utils import broadcast
 
     from .calibration import check_lengths
 
@@ -229,6 +230,8 @@ def train_indexer(
         closed_form_start(indexer, first)
     units = sum(len(heads.units(layer)) for layer in heads.layers)
     world, rank = accelerator.num_processes, accelerator.process_index
+    for p in indexer.parameters():  # processes that start alike stay alike, also where their hardware rounds differently
+        p.data.copy_(broadcast(p.data))
 
     def step(number: int) -> dict[str, float]:
         total = torch.zeros((), device=model.device)
