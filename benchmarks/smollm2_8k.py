@@ -112,17 +112,19 @@ def main() -> None:
     result["base_model"], result["sparse"] = artifact.base_model, dataclasses.asdict(artifact.config)
     result["stages"] = artifact.stages
     result["evaluation"] = {}
-    for part, kinds, samples, documents in (
-        ("main", ("single",), args.samples, args.loss_documents),
-        ("other", ("multi_key", "multi_value", "multi_query"), args.other_samples, 0),
+    prose, code = args.dev[:1], args.dev[1:]
+    for part, sources, kinds, samples, documents in (
+        ("main", prose, ("single",), args.samples, args.loss_documents),
+        ("code", code, (), 0, args.loss_documents),
+        ("other", prose, ("multi_key", "multi_value", "multi_query"), args.other_samples, 0),
     ):
-        if not samples:
+        if not sources or not samples + documents:
             continue
         found = rtpurbo.evaluate(
             model,
             tokenizer,
             artifact,
-            args.dev if part == "main" else args.dev[:1],
+            sources,
             EvalConfig(
                 lengths_tokens=lengths,
                 samples=(samples,),

@@ -24,7 +24,7 @@ from .attach import attached, borrowed, checkpoint_activations, gives_back, reco
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_window_tokens
-from .data import TRAINING_TEMPLATES, documents, retrieval_sample
+from .data import KNOWN_TOKENS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, context_tokens, head_counts
 from .heads import HeadMap
@@ -170,12 +170,10 @@ def score_document(
     kind, length, span = KINDS[index % len(KINDS)], len(document), config.needle_tokens
     tokens, early = document.clone(), 0
     if kind == "span":
-        start = rng.randrange(len(other) - span)
-        needle = other[start : start + span][torch.tensor(rng.sample(range(span), span))]
         newest = length - 2 * span - sparse.window_tokens  # the earlier span lies outside the later one's window
-        early = rng.randrange(4, max(5, min(newest, length // 3)))
-        tokens[early : early + span] = tokens[length - span :] = needle
-        targets = torch.arange(length - span + 4, length - 1)  # the span's first tokens do not yet say what follows
+        latest = min(newest, length // 3)
+        tokens, early = repeated_span(document, other, span_tokens=span, latest=latest, rng=rng)
+        targets = torch.arange(length - span + KNOWN_TOKENS, length - 1)
     elif kind == "question":
         template = TRAINING_TEMPLATES[index // len(KINDS) % len(TRAINING_TEMPLATES)]
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))

@@ -127,8 +127,10 @@ class IndexerConfig(TrainConfig):
     """Sampled query positions per document and step."""
     start: Literal["closed_form", "random"] = "closed_form"
     """Where training starts: an SVD of the whitened pre-RoPE query-key product, or random projections."""
-    retrieval_ratio: float = 0.5
-    """Share of documents that carry synthetic retrieval questions."""
+    retrieval_ratio: float = 0.75
+    """Share of documents that carry synthetic retrieval questions or a repeated span."""
+    far_weighting: bool = True
+    """Weigh each query's KL by the attention mass it sends beyond window and sinks (the paper: all alike)."""
     documents: int = 64
     """Different training documents; their queries and keys are kept in memory while they fit."""
     mass_target: float | None = None
@@ -161,7 +163,7 @@ class DistillConfig(TrainConfig):
     lora_rank: int = 16
     """Rank of the LoRA adapter on the attention projections."""
     retrieval_ratio: float = 0.5
-    """Share of documents that carry synthetic retrieval questions."""
+    """Share of documents that carry synthetic retrieval questions or a repeated span."""
     answer_weight: float = 0.25
     """Weight of a document's synthetic answers in its loss; the other labels share the rest."""
     gradient_checkpointing: bool = True

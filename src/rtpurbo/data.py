@@ -290,19 +290,44 @@ def retrieval_sample(
     )
 
 
+def repeated_span(document: Tensor, other: Tensor, *, span_tokens: int, latest: int, rng: random.Random) -> tuple[Tensor, int]:
+    """Put the same random span near the start and at the end of a document: (tokens [length], start of the early one).
+
+    Args:
+        other: a document whose shuffled tokens make the span; latest: last position where the early span may start.
+    """
+    start = rng.randrange(len(other) - span_tokens)
+    span = other[start : start + span_tokens][torch.tensor(rng.sample(range(span_tokens), span_tokens))]
+    early = rng.randrange(4, max(5, latest))
+    tokens = document.clone()
+    tokens[early : early + span_tokens] = tokens[len(tokens) - span_tokens :] = span
+    return tokens, early
+
+
+SPAN_TOKENS = 48
+KNOWN_TOKENS = 4
+"""First tokens of a repeated span, which do not yet say what follows."""
+
+
 def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int]]:
-    """A training document: as it is, or (a share `retrieval_ratio`) with hidden facts and a question at its end.
+    """A training document: as it is, or (a share `retrieval_ratio`) one that needs something from far away at its end:
+    hidden facts and a question, or a repeated span.
 
     Returns:
-        tokens [length], and the positions whose next token is part of an answer.
+        tokens [length], and the positions whose next token is part of the answer.
     """
     rng = random.Random(f"{seed}:mixed")
     if rng.random() >= retrieval_ratio:
         return document, []
+    kind = rng.choice(("span", "span", "single", "single", "multi_key", "multi_value", "multi_query"))
+    length = len(document)
+    if kind == "span":
+        tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
+        return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
     sample = retrieval_sample(
         document,
         tokenizer,
-        kind=rng.choice(("single", "single", "multi_key", "multi_value", "multi_query")),
+        kind=kind,
         depth=rng.random(),
         seed=seed,
         template=rng.choice(TRAINING_TEMPLATES),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
-from .config import IndexerConfig
+from .config import IndexerConfig, SparseConfig
 from .data import documents, mixed_document
 from .families import context_tokens, head_counts
 from .heads import HeadMap
@@ -37,6 +37,7 @@ from .training import stage_inputs, train, trainable_state
 CAPTURED_PER_STEP = 4
 """Query positions kept per document, in multiples of those that one step uses."""
 MEASURED_DOCUMENTS = 4
+LEAST_WEIGHT = 0.02
 P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
@@ -107,12 +108,28 @@ def _causal(scores: Tensor, rows: Tensor) -> Tensor:
     return scores.masked_fill(slots > rows[:, None], -torch.inf)
 
 
-def kl_divergence(target: Tensor, scores: Tensor) -> Tensor:
-    """KL(target || softmax(scores)) in nats per unit, mean over queries: [U, m, N] x [U, m, N] -> [U]."""
+def kl_divergence(target: Tensor, scores: Tensor, weights: Tensor | None = None) -> Tensor:
+    """KL(target || softmax(scores)) in nats per unit, (weighted) mean over queries: [U, m, N] x [U, m, N] -> [U].
+
+    Args:
+        weights: [U, m], None for equal ones.
+    """
     log_index = scores.log_softmax(-1)
     some = target > 0
     terms = torch.where(some, target * (target.clamp(min=1e-30).log() - log_index.masked_fill(~some, 0.0)), 0.0)
-    return terms.sum(-1).mean(-1)
+    per_query = terms.sum(-1)
+    return per_query.mean(-1) if weights is None else (per_query * weights).sum(-1) / weights.sum(-1)
+
+
+def far_weights(target: Tensor, rows: Tensor, sparse: SparseConfig) -> Tensor:
+    """Weight of each query, [U, m, N] -> [U, m]: the attention mass it sends beyond window and sinks, plus a little.
+
+    Window and sinks are kept whatever the index says, so the queries that teach it something are those that look
+    further; in most heads they are rare.
+    """
+    slots = torch.arange(target.shape[-1], device=target.device)
+    far = (rows[:, None] - slots >= sparse.window_tokens) & (slots >= sparse.sink_tokens)
+    return (target * far).sum(-1) + LEAST_WEIGHT
 
 
 @torch.no_grad()
@@ -246,7 +263,9 @@ def train_indexer(
                 c = whole.take(torch.tensor(picks, device=model.device))
                 with torch.no_grad():
                     target = target_attention(c)
-                loss = kl_divergence(target, unit_scores(indexer[str(layer)], c)).sum() / units / config.batch_size  # type: ignore[arg-type]
+                    weights = far_weights(target, c.rows, sparse) if config.far_weighting else None
+                scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
+                loss = kl_divergence(target, scores, weights).sum() / units / config.batch_size
                 loss.backward()
                 total += loss.detach()
         if world > 1:

@@ -1,4 +1,4 @@
-"""What was measured about an artefact: read, checked and as a table; model_card(artifact) -> its README on the hub."""
+"""What was measured of an artefact: read, checked, and as a table; model_card(artifact) -> its README on the hub."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .models import EMBEDDED
 if TYPE_CHECKING:
     from .checkpoint import Artifact
 
-STAGES = {"calibrate": "Head map", "train_indexer": "Index", "distill": "Distilled weights", "eval": "Evaluation"}
+STAGES = {"calibrate": "Calibration", "train_indexer": "Index training", "distill": "Distillation", "eval": "Evaluation"}
 HEADER = ("Measure", "Dense", "Sparse", "Difference [95 %]", "Samples")
 CAPTION = (
-    "Dense and sparse answered the same samples. Difference is sparse minus dense with its 95 % interval; one whose interval "
-    "holds 0 may be chance."
+    "Dense and sparse answered the same samples. Difference is sparse minus dense with its 95 % interval; one whose "
+    "interval holds 0 may be chance."
 )
 _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NONE = "–"
@@ -37,6 +37,7 @@ _SPEED = _numbers("length_tokens prefill_seconds decode_tokens_per_second cache_
 _STAGES = {
     "calibrate?": {
         "settings": {},
+        "sources?": [str],
         "metrics": {
             "scores": [[float]],
             "check?": _numbers("length_tokens samples dense chosen_heads"),
@@ -44,8 +45,8 @@ _STAGES = {
             "notes?": [str],
         },
     },
-    "train_indexer?": {"settings": {}, "metrics": _INDEX},
-    "distill?": {"settings": {}, "metrics": {}},
+    "train_indexer?": {"settings": {}, "sources?": [str], "metrics": _INDEX},
+    "distill?": {"settings": {}, "sources?": [str], "metrics": {}},
 }
 _LOSS = {
     **_PAIR,
@@ -94,9 +95,10 @@ def check(value: Any, shape: Any, where: str, advice: str) -> None:
                 check(value[each], inner, f"{where}, {each!r}", advice)
 
 
-def check_stages(artifact: Artifact, where: str) -> None:
-    """ValueError when the metrics of a stage are malformed, or the scores do not fit the head map."""
-    check(artifact.stages, _STAGES, where, "Convert again.")
+def check_artifact(artifact: Artifact, where: str) -> None:
+    """ValueError when what the stages recorded is malformed, or the scores do not fit the head map."""
+    check(artifact.base_model, {"name": str, "head_dim?": float}, f"{where}, base model", "Convert again.")
+    check(artifact.stages, _STAGES, f"{where}, stages", "Convert again.")
     heads = artifact.heads
     sizes = [len(row) for row in artifact.stages.get("calibrate", {}).get("metrics", {}).get("scores", [])]
     if "calibrate" in artifact.stages and sizes != [heads.query_heads] * len(heads.retrieval):
@@ -157,8 +159,7 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         name = f"Answers right, {one['kind'].replace('_', '-')} needle, {tokens(one['length_tokens'])}"
         rows.append(Row(name, f"{one['dense']:.1%}", f"{one['sparse']:.1%}", _points(one), f"{one['samples']:,}"))
     for source, one in evaluation.get("loss", {}).items():
-        name = os.path.basename(source) if os.path.isabs(source) else source
-        what, count = f"{name}, {tokens(one['length_tokens'])}", f"{one['samples']:,}"
+        what, count = f"{_public(source)}, {tokens(one['length_tokens'])}", f"{one['samples']:,}"
         change = _signed(one["difference"], 4) + _interval(one, 1, 4)
         rows.append(Row(f"Loss in nats, {what}", f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
         rows.append(Row(f"KL to dense in nats, {what}", _NONE, f"{one['kl']:.4f}", _NONE, count))
@@ -212,10 +213,22 @@ def computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[fl
 def all_settings(artifact: Artifact, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings by the title of what they belong to."""
     tables = {"Base model": artifact.base_model, "Sparse attention": vars(artifact.config)}
-    tables |= {STAGES.get(name, name): stage["settings"] for name, stage in artifact.stages.items()}
+    for name, stage in artifact.stages.items():
+        sources = {"sources": stage["sources"]} if "sources" in stage else {}
+        tables[STAGES.get(name, name)] = {**stage["settings"], **sources}
     if "settings" in evaluation:
         tables["Evaluation"] = {**evaluation["settings"], "sources": evaluation.get("sources", [])}
     return tables
+
+
+def gaps(artifact: Artifact, evaluation: dict[str, Any]) -> list[str]:
+    """What is missing or out of date, with the command that adds it."""
+    missing = [name for name in STAGES if not (evaluation if name == "eval" else name in artifact.stages)]
+    found = [f"{STAGES[name]} has not been run: `rtpurbo {name.replace('_', '-')}` adds it." for name in missing]
+    settings = {name: stage["settings"] for name, stage in artifact.stages.items()}
+    if evaluation.get("artifact", settings) != settings:
+        found.append("The evaluation is of an earlier state of this artefact: `rtpurbo eval` measures it as it is now.")
+    return found
 
 
 def tokens(count: float) -> str:
@@ -228,7 +241,7 @@ def _bytes(count: float) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+z.{digits}f}".replace("-", "−")
 
 
 def _interval(pair: dict[str, Any], scale: float, digits: int) -> str:
@@ -239,6 +252,13 @@ def _interval(pair: dict[str, Any], scale: float, digits: int) -> str:
 
 def _points(pair: dict[str, Any]) -> str:
     return f"{_signed(100 * pair['difference'], 1)} points{_interval(pair, 100, 1)}"
+
+
+def _public(value: Any) -> Any:
+    """A path without the directories of the machine it lies on; what is no path stays as it is."""
+    if isinstance(value, list | tuple):
+        return ", ".join(str(_public(item)) for item in value) or "none"
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _plain(text: object) -> str:
@@ -255,11 +275,10 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     Raises:
         ValueError: malformed metrics or evaluation.
     """
-    check_stages(artifact, "the artefact's stages")
+    check_artifact(artifact, "the artefact")
     evaluation = check_evaluation(evaluation or {}, "the evaluation")
     name = str(artifact.base_model["name"])
-    local = os.path.isabs(name)  # a path says nothing to others, and is no name on the hub
-    shown = os.path.basename(name) if local else name
+    local, shown = os.path.isabs(name), _public(name)
     front: dict[str, Any] = {} if local else {"base_model": _EMBEDDED_ON_HUB if name == EMBEDDED else name}
     front |= {
         "library_name": "rtpurbo",
@@ -267,41 +286,36 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
         "tags": ["rtpurbo", "sparse-attention", "long-context", "kv-cache"],
     }
     yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
-    has = {
-        "head map": f"{artifact.heads.ratio:.1%} of the query heads retrieve, {artifact.heads.full_kv_ratio:.1%} of the KV "
-        "heads keep their whole cache",
-        "index": "trained" if artifact.indexer is not None else "none: retrieval heads attend to everything",
-        "distilled weights": {"lora": "LoRA adapter", "full": "all weights"}.get(artifact.weights_kind or "", "none"),
-    }
+    heads = artifact.heads
+    index = f"selects far tokens with p = {artifact.config.top_p:g}" if artifact.indexer is not None else "none yet"
+    weights = {"lora": "a LoRA adapter", "full": "a whole model"}.get(artifact.weights_kind or "", "none yet")
     rows = measured_rows(artifact, evaluation)
-    if rows:
-        lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        table += f"\n\n{CAPTION}"
-    else:
-        table = "Nothing has been measured for this artefact yet; `rtpurbo eval` compares it with its dense base model."
-    sections = {**all_settings(artifact, {}), "Base model": {**artifact.base_model, "name": shown}}
+    lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{CAPTION}"
+    measured = "\n\n".join([table if rows else "Nothing has been measured yet.", *gaps(artifact, evaluation)])
     settings = "\n".join(
-        f"- **{_plain(title)}**: {', '.join(f'{_plain(k)} = {_plain(v)}' for k, v in values.items())}"
-        for title, values in sections.items()
+        f"- **{_plain(title)}**: {', '.join(f'{_plain(k)} = {_plain(_public(v))}' for k, v in values.items())}"
+        for title, values in all_settings(artifact, evaluation).items()
     )
+    where = ', base_model="path/to/it"' if local and artifact.weights_kind != "full" else ""
     return f"""---
 {yaml}---
 
 # {_plain(shown)}, sparse with RTPurbo
 
 A sparse-attention version of {_plain(shown)}, made with [RTPurbo](https://arxiv.org/abs/2605.16928): a few retrieval heads
-find far tokens through a small learned index, all other heads see a window of {artifact.config.window_tokens:,} tokens and
-{artifact.config.sink_tokens} sinks. This repository holds what was added to the base model, not the base model itself{
-    " (except that the distilled weights are a whole model)" if artifact.weights_kind == "full" else ""}.
+read far tokens, all other heads see a window of {artifact.config.window_tokens:,} tokens and {artifact.config.sink_tokens}
+sinks. This repository holds what is added to the base model:
 
-{chr(10).join(f"- {_plain(title)}: {text}" for title, text in has.items())}
+- head map: {heads.ratio:.1%} of the query heads retrieve, {heads.full_kv_ratio:.1%} of the KV heads keep their whole cache
+- index: {index}
+- distilled weights: {weights}
 
 ## Use
 
 ```python
 import rtpurbo
-model, tokenizer = rtpurbo.load("OWNER/NAME")  # this repository
+model, tokenizer = rtpurbo.load("OWNER/NAME"{where})  # this repository
 print(tokenizer.decode(model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)[0]))
 ```
 
@@ -311,7 +325,7 @@ rtpurbo generate OWNER/NAME --prompt "Once upon a time"
 
 ## Measured
 
-{table}
+{measured}
 
 ## Settings
 

@@ -5,24 +5,13 @@ Only what was measured is shown; a stage that has not been run is named, with th
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import model_card as card
 from .checkpoint import CONFIG_FILE, Artifact, atomic_path
-from .model_card import (
-    CAPTION,
-    HEADER,
-    STAGES,
-    all_settings,
-    check_stages,
-    computed_cache,
-    measured_rows,
-    read_curve,
-    read_evaluation,
-    speed_pairs,
-    tokens,
-)
 
 DENSE, SPARSE, MARK = "#4d4d4d", "#0072b2", "#d55e00"
 """Told apart by colour-blind readers (Okabe and Ito); what is dense is dashed or hollow too, for prints without colour."""
@@ -35,17 +24,16 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 } h3 { font-size: 1rem; marg
 h2 { font-size: 1.25rem; margin: 36px 0 8px; padding-top: 12px; border-top: 1px solid #d5d9de }
 p, figcaption { margin: 6px 0; max-width: 80ch }
 figcaption, .caption { color: #57606a; font-size: .9rem }
-figure { margin: 8px 0 16px; min-width: 0 }
+figure { margin: 8px 0 16px }
 code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92em }
 .note { border-left: 4px solid #d55e00; background: #f6f7f9; padding: 8px 12px; margin: 10px 0 }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
 .tiles div { border: 1px solid #d5d9de; border-radius: 8px; padding: 10px 14px; font-size: .85rem; color: #57606a }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.3; color: #1f2328 }
 .grid { --least: 320px; display: grid; gap: 0 28px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)) }
-.two { --least: 440px }
-.pair { display: flex; flex-wrap: wrap; gap: 12px 24px }
-.columns { columns: 2 400px; column-gap: 28px }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, max(var(--least), var(--needs, 0px))), 1fr)) }
+.grid > * { min-width: 0 } .two { --least: 440px } .pair { display: flex; flex-wrap: wrap; gap: 12px 24px; overflow-x: auto }
+.columns { columns: 2 330px; column-gap: 28px } .columns h3 { margin-top: 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: 6px 0 12px; width: 100% }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e6e8eb; vertical-align: top; font-weight: 400 }
 thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
@@ -68,8 +56,8 @@ thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
   body { padding: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact }
   h2, h3, thead { break-after: avoid }
   figcaption, .caption, .note { break-before: avoid }
-  figure, tr, .tiles, .note, .pair, .columns section { break-inside: avoid }
-  .grid { --least: 200px } .two { --least: 320px } .columns { columns: 2 }
+  figure, tr, .tiles, .note, .needle, .columns section { break-inside: avoid }
+  .grid { --least: 200px } .two { --least: 320px }
 }
 """
 _SCRIPT = """
@@ -87,14 +75,11 @@ addEventListener("afterprint", () => plots.forEach((plot) => Plotly.relayout(plo
 
 
 def write_report(artifact_dir: Path, output: Path | None = None) -> Path:
-    """Write the report of an artefact.
+    """Write the report of an artefact; returns the file.
 
     Args:
         artifact_dir: holds the artefact and, where they exist, `metrics/<stage>.jsonl` and `eval.json`.
         output: the file to write; default: `report.html` in `artifact_dir`.
-
-    Returns:
-        The file written.
 
     Raises:
         ValueError: no artefact there, a malformed input, or an output that is a directory.
@@ -108,8 +93,9 @@ def write_report(artifact_dir: Path, output: Path | None = None) -> Path:
     if target.is_dir():
         raise ValueError(f"Output {str(target)!r} is a directory; expected a file such as report.html.")
     artifact = Artifact.load(folder)
-    check_stages(artifact, f"{folder / CONFIG_FILE}, stages")
-    page = _page(artifact, read_evaluation(folder), {s: read_curve(folder, s) for s in ("train_indexer", "distill")})
+    card.check_artifact(artifact, str(folder / CONFIG_FILE))
+    curves = {stage: card.read_curve(folder, stage) for stage in ("train_indexer", "distill")}
+    page = _page(artifact, card.read_evaluation(folder), curves)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -120,23 +106,20 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
     from plotly.offline import get_plotlyjs
 
     name, heads, sparse = escape(str(artifact.base_model["name"])), artifact.heads, artifact.config
-    pairs, rows = speed_pairs(evaluation), measured_rows(artifact, evaluation)
+    pairs, rows = card.speed_pairs(evaluation), card.measured_rows(artifact, evaluation)
     tiles = [(f"{heads.ratio:.1%}", "of query heads retrieve"), (f"{heads.full_kv_ratio:.1%}", "of KV heads are kept whole")]
     for dense, found in pairs[-1:]:
         for key, what in (("cache_bytes", "cache"), ("decode_tokens_per_second", "decode speed")):
             if dense[key]:
-                tiles.append((f"{found[key] / dense[key]:.2f} ×", f"the dense {what} at {tokens(dense['length_tokens'])}"))
-    missing = "".join(
-        f"<p class=note><b>{title}:</b> not there yet. Add it with <code>rtpurbo {stage.replace('_', '-')}</code>.</p>"
-        for stage, title in STAGES.items()
-        if stage not in artifact.stages and not (stage == "eval" and evaluation)
-    )
-    summary = f"{_table(HEADER, rows, 'rows')}<p class=caption>{escape(CAPTION)}</p>" if rows else ""
+                what = f"the dense {what} at {card.tokens(dense['length_tokens'])}"
+                tiles.append((f"{found[key] / dense[key]:.2f} ×", what))
+    index = f"the far tokens that a {sparse.index_dim}-dimensional index selects with p = {sparse.top_p:g}"
+    summary = f"{_table(card.HEADER, rows, 'rows')}<p class=caption>{escape(card.CAPTION)}</p>" if rows else ""
     sections = {
-        "Dense and sparse": missing + summary,
+        "Dense and sparse": _notes(card.gaps(artifact, evaluation)) + summary,
         "Head map": _head_map(artifact),
-        "Index": _curves("train_indexer", curves) + _index_units(artifact, evaluation),
-        "Distillation": _curves("distill", curves),
+        "Index": _curves("train_indexer", artifact, curves) + _index_units(artifact, evaluation),
+        "Distillation": _curves("distill", artifact, curves),
         "Needles in long documents": _needles(evaluation.get("needle", [])),
         "Loss by position": _loss(evaluation.get("loss", {})),
         "Cache": _cache(artifact, pairs) if pairs else "",
@@ -157,8 +140,8 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
 <header>
 <p class=caption>RTPurbo report</p>
 <h1>{name.replace("/", "/<wbr>")}</h1>
-<p>Sparse version: every head sees a window of {tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval heads
-also read the far tokens that a {sparse.index_dim}-dimensional index selects with p = {sparse.top_p:g}.</p>
+<p>Sparse version: every head sees a window of {card.tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval
+heads also read {"all other tokens" if artifact.indexer is None else index}.</p>
 <div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
 <noscript><p class=note>The figures need JavaScript.</p></noscript>
 </header>
@@ -167,6 +150,12 @@ also read the far tokens that a {sparse.index_dim}-dimensional index selects wit
 </body>
 </html>
 """
+
+
+def _notes(texts: list[str]) -> str:
+    """Escaped paragraphs; what stands between backticks is code."""
+    shown = (re.sub("`(.+?)`", r"<code>\1</code>", escape(text)) for text in texts)
+    return "".join(f"<p class=note>{text}</p>" for text in shown)
 
 
 def _table(header: tuple[str, ...], rows: list[Any], kind: str = "") -> str:
@@ -213,12 +202,13 @@ def _head_map(artifact: Artifact) -> str:
     layers, size = range(len(heads.retrieval)), heads.group_size
     z, outline_x, outline_y = [], [], []
     for head in range(heads.query_heads):
-        chosen = [head in heads.retrieval_heads(i) for i in layers]
-        scores = [row[head] for row in stage["metrics"]["scores"]] if stage else [float(c) for c in chosen]
+        scores = [stage["metrics"]["scores"][i][head] if stage else float(head in heads.retrieval_heads(i)) for i in layers]
         z.append([None if heads.retrieval[i] is None else scores[i] for i in layers])
-        for i in [i for i in layers if chosen[i]]:
+    for i in layers:
+        for top in heads.retrieval_heads(i)[:: heads.heads_per_unit]:
+            bottom = top + heads.heads_per_unit - 1
             outline_x += [i - 0.42, i + 0.42, i + 0.42, i - 0.42, i - 0.42, None]
-            outline_y += [head - 0.42, head - 0.42, head + 0.42, head + 0.42, head - 0.42, None]
+            outline_y += [top - 0.42, top - 0.42, bottom + 0.42, bottom + 0.42, top - 0.42, None]
     bar = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "len": 0.4, "thickness": 10}
     bar |= {"tickvals": [0, 0.5, 1], "ticktext": ["0", "score", "1"]}
     heat = {"type": "heatmap", "z": z, "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "showscale": bool(stage), "colorbar": bar}
@@ -242,11 +232,11 @@ def _head_map(artifact: Artifact) -> str:
     if "overlap_between_halves" in metrics:
         share = f"{metrics['overlap_between_halves']:.0%} of the retrieval heads are the same"
         figure += f"<p class=caption>Chosen from either half of the documents alone, {share}.</p>"
-    return figure + "".join(f"<p class=note>{escape(note)}</p>" for note in metrics.get("notes", []))
+    return figure + _notes(metrics.get("notes", []))
 
 
-def _curves(stage: str, curves: dict[str, list[dict[str, float]]]) -> str:
-    """Loss, top-1 agreement (distillation) and learning rate by step, side by side; nothing without a metrics file."""
+def _curves(stage: str, artifact: Artifact, curves: dict[str, list[dict[str, float]]]) -> str:
+    """Loss, top-1 agreement (distillation) and learning rate by step, side by side."""
     figures, rows = [], curves[stage]
     for key, title, color, caption in (
         ("loss", "loss (nats)", SPARSE, "Look for a fall that levels off; one that goes on asks for more steps."),
@@ -261,7 +251,8 @@ def _curves(stage: str, curves: dict[str, list[dict[str, float]]]) -> str:
         if values:
             trace = _line(title, steps, values, "step %{x}: %{y:.4g}", color, mode=mode)
             figures.append(_figure(f"{stage}-{key}", caption, [trace], x={"title": "step"}, y=y, height=240))
-    return f"<div class=grid>{''.join(figures)}</div>" if figures else ""
+    lost = f"<p class=caption>No curves: there is no <code>metrics/{stage}.jsonl</code>.</p>"
+    return f"<div class=grid>{''.join(figures)}</div>" if figures else lost if stage in artifact.stages else ""
 
 
 def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
@@ -272,7 +263,7 @@ def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
         ("evaluation", evaluation.get("index"), "circle", SPARSE),
     ):
         if index:
-            units, name = index["units"], f"{when}, {tokens(index['length_tokens'])}"
+            units, name = index["units"], f"{when}, {card.tokens(index['length_tokens'])}"
             text = [f"layer {u['layer']}, unit {u['unit']}, KL {u['kl']:.3f}" for u in units]
             selected, mass = [u["tokens_selected"] for u in units], [u["mass_kept"] for u in units]
             trace = _line(name, selected, mass, "%{text}<br>%{x:.0f} tokens, %{y:.1%} of the mass", color, text=text)
@@ -294,7 +285,7 @@ def _needles(results: list[dict[str, Any]]) -> str:
         grids, tables = {one["length_tokens"]: one["depths"] for one in results if one["kind"] == kind}, []
         lengths = sorted(grids)
         for name in ("dense", "sparse"):
-            head = "".join(f"<th scope=col>{n if n % 1024 else f'{n // 1024}k'}</th>" for n in lengths)
+            head = "".join(f"<th scope=col>{f'{n:,.0f}' if n % 1024 else f'{n / 1024:,.0f}k'}</th>" for n in lengths)
             lines = [f"<th scope=col>depth</th>{head}"]
             for depth in sorted({d for grid in grids.values() for d in grid}):
                 lines.append(f"<th scope=row>{escape(depth)}</th>")
@@ -302,14 +293,16 @@ def _needles(results: list[dict[str, Any]]) -> str:
                     color = f"background:color-mix(in srgb, #f6f5f1 {cell[name]:.1%}, #e8853b)" if cell else ""
                     share = f"{cell[name]:.0%}<small>n = {cell['samples']}</small>" if cell else ""
                     lines[-1] += f'<td style="{color}">{share}</td>'
-            tables.append(f"<table class=needle><caption>{name.title()}</caption><tr>{'</tr><tr>'.join(lines)}</tr></table>")
-        title = escape(kind.replace("_", "-").capitalize())
-        blocks.append(f"<section><h3>{title}</h3><div class=pair>{''.join(tables)}</div></section>")
+            rows = "</tr><tr>".join(lines)
+            tables.append(f"<table class=needle><caption>{name.title()}</caption><tr>{rows}</tr></table>")
+        title = f"<h3>{escape(kind.replace('_', '-').capitalize())}</h3>"
+        blocks.append(f"<section>{title}<div class=pair>{''.join(tables)}</div></section>")
     caption = (
-        "Look for cells where sparse is more orange than dense: answers lost there. Columns are document lengths in tokens (1k = "
-        "1,024), rows the depth of the fact from start (0) to end (1); n counts the questions of a cell."
+        "Look for cells where sparse is more orange than dense: answers lost there. Columns are document lengths in tokens "
+        "(1k = 1,024), rows the depth of the fact from start (0) to end (1); n counts the questions of a cell."
     )
-    return f"<div class='grid two'>{''.join(blocks)}</div><p class=caption>{caption}</p>" if blocks else ""
+    grid = f'<div class="grid two" style="--needs: {50 + 52 * len({one["length_tokens"] for one in results})}px">'
+    return f"{grid}{''.join(blocks)}</div><p class=caption>{caption}</p>" if blocks else ""
 
 
 def _loss(losses: dict[str, Any]) -> str:
@@ -330,7 +323,7 @@ def _loss(losses: dict[str, Any]) -> str:
 def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:
     measured, traces = [dense["length_tokens"] for dense, _ in pairs], []
     ends = sorted([0.0, artifact.config.window_tokens + artifact.config.sink_tokens, 1.25 * measured[-1]])
-    computed = computed_cache(artifact, pairs[-1][0], ends)
+    computed = card.computed_cache(artifact, pairs[-1][0], ends)
     for i, (name, color, dash, symbol) in enumerate(_STYLES):
         marker = {"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}}
         sizes, hover = [pair[i]["cache_bytes"] / 2**20 for pair in pairs], "%{x:,} tokens: %{y:,.1f} MiB"
@@ -351,7 +344,7 @@ def _settings(artifact: Artifact, evaluation: dict[str, Any]) -> str:
         return ", ".join(map(text, value)) or "none" if isinstance(value, list) else plain
 
     blocks = []
-    for title, values in all_settings(artifact, evaluation).items():
+    for title, values in card.all_settings(artifact, evaluation).items():
         table = _table(("Setting", "Value"), [(name, text(value)) for name, value in values.items()])
         blocks.append(f"<section><h3>{escape(title)}</h3>{table}</section>")
     return f"<div class=columns>{''.join(blocks)}</div>"

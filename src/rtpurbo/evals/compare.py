@@ -18,7 +18,6 @@ from .needle import DEPTHS, grade_all, needle_samples
 from .speed import measure_decode
 from .statistics import paired
 
-
 HAYSTACKS = 100
 """Different documents per length at most; further samples hide other facts in the same documents."""
 

@@ -48,3 +48,47 @@ def measure_decode(model: Any, tokens: Tensor, *, new_tokens: int) -> dict[str, 
         "decode_tokens_per_second": 1 / statistics.median(times[1:] or times),
         "cache_bytes": float(held),
     }
+
+
+def bench(
+    model: Any,
+    tokenizer: Any,
+    artifact: Any,
+    sources: list[str] | tuple[str, ...],
+    lengths_tokens: tuple[int, ...],
+    new_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """`measure_decode` of the dense and the sparse model at every length, after a warm-up.
+
+    Raises:
+        ValueError: other weights than the artefact's, or lengths beyond the context.
+    """
+    from ..checkpoint import check_fingerprint
+    from ..data import documents
+    from ..families import context_tokens
+    from .compare import both
+
+    check_fingerprint(model, artifact)
+    for length in lengths_tokens:
+        if length + new_tokens > context_tokens(model):
+            lengths_tokens = tuple(n for n in lengths_tokens if n + new_tokens <= context_tokens(model))
+            shorter = context_tokens(model) - new_tokens
+            lengths_tokens = (*lengths_tokens, shorter)  # as long as the context allows
+            break
+    rows = []
+    with both(model, artifact) as switch:
+        for length in lengths_tokens:
+            tokens = documents(sources, tokenizer, length_tokens=length, count=1, seed=seed)[0]
+            row: dict[str, Any] = {"length_tokens": length}
+            for name in ("dense", "sparse"):
+                with switch(name) as ready:
+                    measure_decode(ready, tokens[:256], new_tokens=2)
+                    row[name] = measure_decode(ready, tokens, new_tokens=new_tokens)
+            rows.append(row)
+    device = (
+        torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {"device": device, "dtype": str(model.dtype), "torch": torch.__version__, "rows": rows}

@@ -1,0 +1,548 @@
+"""The command line: `rtpurbo COMMAND --help` states every default and unit, out of the settings' own documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
+from .pipeline import ConvertConfig, say
+
+Sources = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
+TRAINING = ("installed-docs", "installed-python")
+HELDOUT = ("installed-docs:heldout",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Directory (or file) to write to; default: see the command."""
+    seed: int = 0
+    """Seed of documents, samples and training."""
+    json: Path | None = None
+    """Write the machine-readable result to this file."""
+    device: str = "auto"
+    """"auto" (the GPU when there is one), "cpu", "cuda", "cuda:1", ..."""
+    dtype: str = "auto"
+    """"auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16"."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """The dense model and its tokenizer."""
+        from .models import load_model
+
+        say(f"Loading {name}")
+        return load_model(name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+
+    def load_base(self, artifact: Any) -> tuple[Any, Any]:
+        """The artefact's base model, dense."""
+        return self.load(artifact.base_model["name"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Common, ConvertConfig):
+    """Make a sparse version of a model: calibrate, train the index, distil, verify, report."""
+
+    model: tyro.conf.Positional[str]
+    """Hub name, local directory, GGUF file, or smollm2-135m (embedded)."""
+    sources: Sources = TRAINING
+    """Training text: files, directories, hub datasets, installed-docs, installed-python, package:NAME."""
+    heldout: Sources = HELDOUT
+    """Text for the verification."""
+    dry_run: bool = False
+    """Say what it will take in time, memory and disk, and stop."""
+
+    def run(self) -> Any:
+        """Convert and print the table."""
+        from .checkpoint import check_output
+        from .pipeline import convert, estimate
+
+        output = self.output or Path("out")
+        check_output(output)
+        model, tokenizer = self.load(self.model)
+        config = _seeded(self)
+        if self.dry_run:
+            result = estimate(model, config)
+            _print_estimate(result, output)
+            return result
+        convert(model, tokenizer, output, sources=self.sources, heldout=self.heldout, config=config, model_name=self.model)
+        return _print_result(output)
+
+
+def _seeded(command: Any) -> ConvertConfig:
+    """The ConvertConfig part of a command, with the command's seed in every stage."""
+    values = {f.name: getattr(command, f.name) for f in dataclasses.fields(ConvertConfig)}
+    for name in ("calibrate", "indexer", "distill", "evaluate"):
+        values[name] = dataclasses.replace(values[name], seed=command.seed)
+    return ConvertConfig(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Common):
+    """Find a model's retrieval heads; the artefact works at once, with dense retrieval heads."""
+
+    model: tyro.conf.Positional[str]
+    """Hub name, local directory, GGUF file, or smollm2-135m (embedded)."""
+    sources: Sources = TRAINING
+    """Ordinary text."""
+    window_tokens: int = 0
+    """Window of local heads in tokens; 0: an eighth of the context, at least 256 and at most 8192."""
+    sink_tokens: int = 4
+    """First real tokens of a sequence that every head sees."""
+    index_dim: int = 16
+    """Dimensions of the index to be trained later."""
+    top_p: float = 0.9
+    """Index attention mass that a selection must reach later, in (0, 1]."""
+    options: tyro.conf.OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
+    """Calibration."""
+
+    def run(self) -> Any:
+        """Calibrate, save, print the map."""
+        from .calibration import calibrate
+        from .checkpoint import check_output
+        from .families import context_tokens
+        from .pipeline import save_stage
+
+        output = self.output or Path("out")
+        check_output(output)
+        shape = ConvertConfig(
+            window_tokens=self.window_tokens, sink_tokens=self.sink_tokens, index_dim=self.index_dim, top_p=self.top_p
+        )
+        model, tokenizer = self.load(self.model)
+        sparse = shape.sparse(context=context_tokens(model))
+        options = dataclasses.replace(self.options, seed=self.seed)
+        artifact = calibrate(model, tokenizer, self.sources, options, sparse, model_name=self.model)
+        save_stage(output, "calibrate", artifact, self.sources)
+        metrics = artifact.stages["calibrate"]["metrics"]
+        _out(str(artifact.heads))
+        for note in metrics["notes"]:
+            _out(f"Note: {note}")
+        _out(f"Saved to {output}. Next: rtpurbo train-indexer {output}")
+        return {"heads": artifact.heads.to_dict(), **metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainIndexer(Common):
+    """Stage 1: train the index of a calibrated artefact."""
+
+    artifact: tyro.conf.Positional[Path]
+    """Directory of the artefact; the result goes there unless --output says otherwise."""
+    sources: Sources = TRAINING
+    """Training text."""
+    options: tyro.conf.OmitArgPrefixes[IndexerConfig] = field(default_factory=IndexerConfig)
+    """Training."""
+
+    def run(self) -> Any:
+        """Train, save, print the means."""
+        from .indexer_training import train_indexer
+
+        return _run_stage(self, "train_indexer", train_indexer, "distill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Common):
+    """Stage 2: distil an artefact that has an index."""
+
+    artifact: tyro.conf.Positional[Path]
+    """Directory of the artefact; the result goes there unless --output says otherwise."""
+    sources: Sources = TRAINING
+    """Training text."""
+    options: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
+    """Training."""
+
+    def run(self) -> Any:
+        """Train, save, print the losses."""
+        from .distillation import distill
+
+        return _run_stage(self, "distill", distill, "eval")
+
+
+def _run_stage(command: Any, name: str, function: Any, following: str) -> dict[str, Any]:
+    from .checkpoint import WORK_DIR, Artifact, check_output
+    from .pipeline import save_stage
+
+    output = command.output or command.artifact
+    check_output(output)
+    artifact = Artifact.load(command.artifact)
+    model, tokenizer = command.load_base(artifact)
+    options = dataclasses.replace(command.options, seed=command.seed)
+    work = output / WORK_DIR / name
+    artifact = function(model, tokenizer, artifact, command.sources, options, work=work)
+    save_stage(output, name, artifact, command.sources)
+    import shutil
+
+    shutil.rmtree(output / WORK_DIR, ignore_errors=True)
+    metrics = artifact.stages[name]["metrics"]
+    for key, value in metrics.items():
+        if isinstance(value, (int, float)):
+            _out(f"{key:24s} {value:.4g}")
+    _out(f"Saved to {output}. Next: rtpurbo {following} {output}")
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Common):
+    """Compare dense and sparse on the same samples: needles, loss, fidelity, speed, harness tasks."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact; results go to its eval.json unless --output says otherwise."""
+    sources: Sources = HELDOUT
+    """Held-out text for haystacks and loss."""
+    options: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    """What to measure."""
+
+    def run(self) -> Any:
+        """Evaluate, save, print the table."""
+        from .checkpoint import find_artifact
+        from .pipeline import EVAL_FILE, verify
+
+        path = find_artifact(self.artifact)
+        from .checkpoint import Artifact
+
+        artifact = Artifact.load(path)
+        model, tokenizer = self.load_base(artifact)
+        output = self.output or path
+        output.mkdir(parents=True, exist_ok=True)
+        options = dataclasses.replace(self.options, seed=self.seed)
+        result = verify(model, tokenizer, artifact, output, self.sources, options)
+        _table(artifact, result)
+        _out(f"Saved to {output / EVAL_FILE}")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Common):
+    """Continue a prompt with the sparse model."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact."""
+    prompt: str | None = None
+    """The prompt, or a question that is put after --prompt-file."""
+    prompt_file: Path | None = None
+    """A text file, for instance a long document."""
+    max_new_tokens: int = 128
+    """Tokens to generate at most."""
+    temperature: float = 0.0
+    """0 decodes greedily; above 0 samples."""
+    chat: bool = True
+    """Put the prompt into the model's chat format where it has one."""
+    dense: bool = False
+    """Use the dense model instead, for comparison."""
+    top_p_mass: float | None = None
+    """Override the artefact's p (the selection's, not sampling's), in (0, 1]."""
+
+    def run(self) -> Any:
+        """Generate and print the text as it comes."""
+        import torch
+
+        from .checkpoint import Artifact
+        from .generate import chat_prompt, load
+
+        if self.prompt is None and self.prompt_file is None:
+            raise ValueError("Nothing to continue: give --prompt or --prompt-file.")
+        text = "" if self.prompt_file is None else _read_text(self.prompt_file)
+        text = "\n\n".join(part for part in (text, self.prompt) if part)
+        if self.dense:
+            model, tokenizer = self.load_base(Artifact.load(self.artifact))
+        else:
+            model, tokenizer = load(
+                self.artifact,
+                top_p=self.top_p_mass,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        ids = chat_prompt(tokenizer, text) if self.chat else tokenizer(text).input_ids
+        torch.manual_seed(self.seed)
+        reply, speed = stream(model, tokenizer, ids, self.max_new_tokens, self.temperature)
+        if self.output:
+            self.output.write_text(reply)
+        return {"prompt_tokens": len(ids), "text": reply, **speed}
+
+
+def stream(
+    model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, temperature: float
+) -> tuple[str, dict[str, Any]]:
+    """Generate with the text shown as it comes; the text, and the cache's bytes.
+
+    Raises:
+        ValueError: prompt and new tokens are beyond the model's context.
+    """
+    import torch
+    from transformers import DynamicCache, TextStreamer
+
+    from .cache import cache_bytes
+    from .families import context_tokens
+
+    context = context_tokens(model)
+    if len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens; with {max_new_tokens} new ones that is beyond the model's context of "
+            f"{context}. Shorten the prompt or ask for fewer tokens."
+        )
+    tokens = torch.tensor([ids], device=model.device)
+    cache = DynamicCache(config=model.config)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    new = out[0, len(ids) :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return text, {"new_tokens": len(new), "cache_bytes": cache_bytes(cache)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """Write an artefact's report.html from its settings, metrics and eval.json."""
+
+    artifact: tyro.conf.Positional[Path]
+    """Directory of the artefact; the report goes there unless --output names a file."""
+
+    def run(self) -> Any:
+        """Write the report."""
+        from .report import write_report
+
+        path = write_report(self.artifact, self.output)
+        _out(f"Report: {path}")
+        return {"report": str(path)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(Common):
+    """Say what an artefact holds: head map, settings, cache bytes per token."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact."""
+
+    def run(self) -> Any:
+        """Print it."""
+        from .checkpoint import Artifact
+
+        artifact = Artifact.load(self.artifact)
+        heads, sparse = artifact.heads, artifact.config
+        head_dim = artifact.base_model["head_dim"]
+        units = sum(len(heads.units(i)) for i in heads.layers)
+        element = 2  # bytes of bfloat16
+        dense = len(heads.layers) * heads.kv_heads * head_dim * 2 * element
+        index = units * sparse.index_dim * element if artifact.indexer is not None else 0
+        full = dense * heads.full_kv_ratio + index
+        result = {
+            "base_model": artifact.base_model,
+            "sparse": dataclasses.asdict(sparse),
+            "stages": sorted(artifact.stages),
+            "retrieval_head_ratio": heads.ratio,
+            "full_kv_ratio": heads.full_kv_ratio,
+            "dense_cache_bytes_per_token": dense,
+            "sparse_cache_bytes_per_far_token": round(full),
+            "sparse_cache_bytes_constant": round(
+                dense * (1 - heads.full_kv_ratio) * (sparse.window_tokens + sparse.sink_tokens)
+            ),
+        }
+        _out(str(heads))
+        for key, value in result.items():
+            _out(f"{key:34s} {value}")
+        if self.output:
+            self.output.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Common):
+    """Say what this machine offers and check that the sparse attention computes what its reference says."""
+
+    def run(self) -> Any:
+        """Print versions, devices and the result of a self-test."""
+        from .doctor import examine
+
+        result = examine()
+        for key, value in result.items():
+            _out(f"{key:24s} {value}")
+        if not result["self_test_passed"]:
+            raise ValueError("The self-test failed: sparse attention differs from its reference on this machine.")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Common):
+    """Measure prefill, decode and cache bytes of dense and sparse on this machine."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact."""
+    lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
+    """Prompt lengths in tokens."""
+    new_tokens: int = 16
+    """Tokens to decode at each length."""
+    sources: Sources = HELDOUT
+    """Where the prompts come from."""
+
+    def run(self) -> Any:
+        """Measure and print a line per length."""
+        from .checkpoint import Artifact
+        from .evals.speed import bench
+
+        artifact = Artifact.load(self.artifact)
+        model, tokenizer = self.load_base(artifact)
+        result = bench(model, tokenizer, artifact, self.sources, self.lengths_tokens, self.new_tokens, self.seed)
+        _out(f"{result['device']}: decode tokens/s and cache bytes, dense (Transformers SDPA) | sparse")
+        for row in result["rows"]:
+            dense, sparse = row["dense"], row["sparse"]
+            _out(
+                f"{row['length_tokens']:8d}  prefill {dense['prefill_seconds']:.2f} | {sparse['prefill_seconds']:.2f} s   "
+                f"decode {dense['decode_tokens_per_second']:.1f} | {sparse['decode_tokens_per_second']:.1f} tokens/s   "
+                f"cache {dense['cache_bytes'] / 2**20:.1f} | {sparse['cache_bytes'] / 2**20:.1f} MiB"
+            )
+        if self.output:
+            self.output.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """The whole method on the embedded SmolLM2-135M in a few minutes, on a CPU."""
+
+    model: str = "smollm2-135m"
+    """Model to convert."""
+
+    def run(self) -> Any:
+        """Convert with small settings, show the table and a question answered by both."""
+        from .demo import run_demo
+
+        model, tokenizer = self.load(self.model)
+        output = self.output or Path("out/demo")
+        path = run_demo(model, tokenizer, output, model_name=self.model, seed=self.seed)
+        return _print_result(path)
+
+
+COMMANDS = {
+    "calibrate": Calibrate,
+    "train-indexer": TrainIndexer,
+    "distill": Distill,
+    "convert": Convert,
+    "eval": Eval,
+    "generate": Generate,
+    "report": Report,
+    "info": Info,
+    "doctor": Doctor,
+    "bench": Bench,
+    "demo": Demo,
+}
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"Prompt file {str(path)!r} does not exist; expected a text file.")
+    return path.read_text(errors="replace")
+
+
+def _print_estimate(result: dict[str, Any], output: Path) -> None:
+    for name, seconds in result["seconds"].items():
+        _out(f"{name:16s} about {seconds / 60:.1f} min")
+    _out(f"{'memory':16s} about {result['memory_gib']} GiB")
+    _out(f"{'disk':16s} about {result['disk_mib']} MiB in {output}")
+
+
+def _print_result(path: Path) -> dict[str, Any]:
+    """The table of an artefact's eval.json, and where its report is."""
+    from .checkpoint import Artifact
+    from .pipeline import EVAL_FILE
+
+    artifact = Artifact.load(path)
+    result = json.loads((path / EVAL_FILE).read_text())
+    _table(artifact, result)
+    _out(f"Artefact: {path}   Report: {path / 'report.html'}")
+    return result
+
+
+def _table(artifact: Any, result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{artifact.base_model['name']}: dense | sparse (window {artifact.config.window_tokens} tokens)")
+    for column in ("measure", "samples", "dense", "sparse"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for row in summary_rows(artifact, result):
+        table.add_row(*row)
+    Console(width=100 if not sys.stdout.isatty() else None).print(table)
+
+
+def summary_rows(artifact: Any, result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table's rows as text: measure, samples, dense, sparse."""
+    rows = []
+    for cell in result.get("needle", []):
+        name = f"needle {cell['kind'].replace('_', '-')}, {cell['length_tokens']} tokens"
+        rows.append((name, str(cell["samples"]), f"{cell['dense']:.0%}", f"{cell['sparse']:.0%}"))
+    for source, cell in result.get("loss", {}).items():
+        name = f"held-out loss, {Path(source).name}"
+        rows.append((name, f"{cell['samples']} documents", f"{cell['dense']:.4f}", f"{cell['sparse']:.4f}"))
+    if "index" in result:
+        index = result["index"]
+        count = f"{index['documents']} documents"
+        rows.append(("attention mass kept", count, "100 %", f"{index['mass_kept']:.1%}"))
+        rows.append(("far tokens selected", count, "100 %", f"{index['far_selected_ratio']:.1%}"))
+    if "speed" in result:
+        dense, sparse = result["speed"]["dense"], result["speed"]["sparse"]
+        at = f"at {dense['length_tokens']:.0f} tokens"
+        rows.append((f"KV cache {at}", "1", *(f"{x['cache_bytes'] / 2**20:.1f} MiB" for x in (dense, sparse))))
+        rows.append((f"decode {at}", "1", *(f"{x['decode_tokens_per_second']:.1f} tok/s" for x in (dense, sparse))))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: run a command; 0, or 1 with one sentence on standard error."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="rtpurbo", description=__doc__)
+        result = command.run()
+        if command.json is not None:
+            from .checkpoint import write_json
+
+            write_json(command.json, result)
+    except KeyboardInterrupt:
+        say("rtpurbo: stopped; the same command goes on where it was.")
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        say(f"rtpurbo: error: {explain(error)}")
+        if os.environ.get("RTPURBO_TRACEBACK"):
+            raise
+        return 1
+    return 0
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for a person."""
+    import errno
+
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again."
+    text = " ".join(str(error).split())
+    if "out of memory" in text.lower():
+        return f"out of memory; use shorter documents, a smaller batch or a bigger device ({text[:200]})."
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text} (set RTPURBO_TRACEBACK=1 to see where)."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""`rtpurbo demo`: the whole method at sizes that a laptop's CPU does in minutes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
+from .data import documents, retrieval_sample
+from .evals.compare import both
+from .pipeline import ConvertConfig, convert, say
+
+SOURCES = ("installed-docs",)
+HELDOUT = ("installed-docs:heldout",)
+QUESTION_TOKENS = 3072
+
+
+def demo_config(seed: int) -> ConvertConfig:
+    """Small everything: every training document is four windows long or more."""
+    return ConvertConfig(
+        window_tokens=256,
+        calibrate=CalibrateConfig(granularity="group", lengths_tokens=(1024,), documents=6, check_samples=4, seed=seed),
+        indexer=IndexerConfig(
+            steps=60, learning_rate=1e-2, length_tokens=2048, documents=8, queries=96, mass_target=0.95, seed=seed
+        ),
+        distill=DistillConfig(steps=6, learning_rate=3e-4, length_tokens=1024, labels=512, seed=seed),
+        evaluate=EvalConfig(
+            lengths_tokens=(2048, 4096), samples=(8, 4), kinds=("single",), loss_documents=3, loss_length_tokens=2048,
+            fidelity_documents=1, decode_tokens=16, seed=seed,
+        ),
+    )  # fmt: skip
+
+
+def run_demo(model: Any, tokenizer: Any, output: Path, *, model_name: str, seed: int) -> Path:
+    """Convert, then ask both models about a fact hidden in a long document; returns the artefact's directory."""
+    config = demo_config(seed)
+    artifact = convert(model, tokenizer, output, sources=SOURCES, heldout=HELDOUT, config=config, model_name=model_name)
+    haystack = documents(HELDOUT, tokenizer, length_tokens=QUESTION_TOKENS, count=1, seed=seed + 11)[0]
+    sample = retrieval_sample(haystack, tokenizer, kind="single", depth=0.4, seed=f"demo:{seed}")
+    question = tokenizer.decode(sample.prompt).rsplit("\n\n", 1)[1]
+    start, stop = sample.answers[0]
+    say(f"\nA document of {QUESTION_TOKENS} tokens, then the question:\n{question} ...")
+    sys.stdout.write(f"right answer: {tokenizer.decode(sample.tokens[start:stop]).strip()}\n")
+    with both(model, artifact) as switch:
+        for name in ("dense", "sparse"):
+            with switch(name) as ready:
+                out = ready.generate(
+                    sample.prompt[None].to(model.device), max_new_tokens=stop - start, do_sample=False, pad_token_id=0
+                )
+            sys.stdout.write(f"{name:>6s} says: {tokenizer.decode(out[0, len(sample.prompt) :]).strip()}\n")
+    return output

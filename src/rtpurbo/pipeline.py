@@ -1,0 +1,261 @@
+"""The whole conversion: calibrate -> train the index -> distil -> verify, each stage kept as soon as it is finished.
+
+A run that was stopped anywhere goes on where it stopped: a finished stage is recognised by its settings and inputs, an
+unfinished one by its state in `OUT/work`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CONFIG_FILE, WORK_DIR, Artifact, check_output, write_json
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, default_window_tokens
+from .families import context_tokens, head_counts
+
+EVAL_FILE = "eval.json"
+METRICS_DIR = "metrics"
+STAGES = ("calibrate", "train_indexer", "distill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """All settings of a conversion."""
+
+    window_tokens: int = 0
+    """Window of local heads in tokens; 0: an eighth of the context, at least 256 and at most 8192."""
+    sink_tokens: int = 4
+    """First real tokens of a sequence that every head sees."""
+    index_dim: int = 16
+    """Dimensions of the learned index projection."""
+    top_p: float = 0.9
+    """Index attention mass that a selection must reach, in (0, 1]; see also --indexer.mass-target."""
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    """Stage 0: find the retrieval heads."""
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    """Stage 1: train the index."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Stage 2: distil; 0 steps leave it out."""
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    """The verification at the end."""
+
+    def __post_init__(self) -> None:
+        self.sparse(context=8192)  # the same checks, before a model is loaded
+
+    def sparse(self, *, context: int) -> SparseConfig:
+        """SparseConfig for a model of this context length in tokens."""
+        if self.window_tokens < 0:
+            raise ValueError(f"window_tokens must be at least 1 token (or 0 for the default), got {self.window_tokens!r}.")
+        return SparseConfig(
+            window_tokens=self.window_tokens or default_window_tokens(context),
+            sink_tokens=self.sink_tokens,
+            index_dim=self.index_dim,
+            top_p=self.top_p,
+        )
+
+
+def say(text: str) -> None:
+    """A line for the person who waits, on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def convert(
+    model: Any,
+    tokenizer: Any,
+    output: str | Path,
+    *,
+    sources: list[str] | tuple[str, ...] = ("installed-docs", "installed-python"),
+    heldout: list[str] | tuple[str, ...] = ("installed-docs:heldout",),
+    config: ConvertConfig | None = None,
+    model_name: str = "",
+    revision: str | None = None,
+) -> Artifact:
+    """Convert a dense model and verify the result; the model is given back unchanged.
+
+    Args:
+        output: directory of the artefact; finished stages in it with the same settings are kept.
+        sources, heldout: training and evaluation text, see `rtpurbo.data`.
+        model_name: what the artefact calls its base model; default: the model's own name.
+
+    Returns:
+        The artefact, also written to `output` with `eval.json` and `report.html`.
+
+    Raises:
+        ValueError: see `calibrate`, `train_indexer`, `distill`, `evaluate`; `output` holds something else.
+    """
+    from .calibration import calibrate
+    from .distillation import distill
+    from .indexer_training import train_indexer
+    from .report import write_report
+
+    config = config or ConvertConfig()
+    path = Path(output)
+    check_output(path)
+    sparse = config.sparse(context=context_tokens(model))
+    fresh: Artifact | None = None
+
+    def stage(name: str, settings: Any, run: Callable[[], Artifact]) -> Artifact:
+        """Stage `name` as it is in `output`, or run now and saved there."""
+        found = finished_stage(path, name, settings, after=fresh, sparse=sparse, sources=sources)
+        if found is not None:
+            say(f"{name}: finished before, kept")
+            return found
+        say(f"{name}: running")
+        return save_stage(path, name, run(), sources)
+
+    fresh = stage(
+        "calibrate",
+        config.calibrate,
+        lambda: calibrate(model, tokenizer, sources, config.calibrate, sparse, model_name=model_name, revision=revision),
+    )
+    artifact = fresh
+    fresh = stage(
+        "train_indexer",
+        config.indexer,
+        lambda: train_indexer(model, tokenizer, artifact, sources, config.indexer, work=path / WORK_DIR / "train_indexer"),
+    )
+    if config.distill.steps:
+        before = fresh
+        fresh = stage(
+            "distill",
+            config.distill,
+            lambda: distill(model, tokenizer, before, sources, config.distill, work=path / WORK_DIR / "distill"),
+        )
+    verify(model, tokenizer, fresh, path, heldout, config.evaluate)
+    write_report(path)
+    shutil.rmtree(path / WORK_DIR, ignore_errors=True)
+    return fresh
+
+
+def finished_stage(
+    path: Path,
+    name: str,
+    settings: Any,
+    *,
+    after: Artifact | None,
+    sparse: SparseConfig,
+    sources: list[str] | tuple[str, ...],
+) -> Artifact | None:
+    """The artefact in `path` cut back to stage `name`, when that stage has these settings and inputs; else None."""
+    if not (path / CONFIG_FILE).is_file():
+        return None
+    artifact = Artifact.load(path)
+    record = artifact.stages.get(name)
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if record is None or record.get("sources") != list(sources):
+        return None
+    got = dict(record["settings"])
+    if name == "calibrate":
+        if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
+            got["lengths_tokens"] = []
+        if record["sparse"] != dataclasses.asdict(sparse):
+            return None
+    elif after is None or any(artifact.stages.get(n) != after.stages[n] for n in after.stages):
+        return None
+    if got != wanted:
+        return None
+    if name == STAGES[-1]:
+        return artifact
+    cut: dict[str, Any] = {"stages": {n: artifact.stages[n] for n in STAGES[: STAGES.index(name) + 1]}}
+    cut |= {"weights_kind": None, "weights_path": None}
+    if name == "calibrate":
+        cut |= {"indexer": None, "config": sparse}
+    return dataclasses.replace(artifact, **cut)
+
+
+def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | tuple[str, ...]) -> Artifact:
+    """Record the stage's sources, keep its metrics, write the artefact, and read it back."""
+    record = {**artifact.stages[name], "sources": list(sources)}
+    if name == "calibrate":
+        record["sparse"] = dataclasses.asdict(artifact.config)
+    artifact = dataclasses.replace(artifact, stages={**artifact.stages, name: record})
+    artifact.save(path)
+    lines = path / WORK_DIR / name / "metrics.jsonl"
+    if lines.is_file():
+        (path / METRICS_DIR).mkdir(exist_ok=True)
+        shutil.copyfile(lines, path / METRICS_DIR / f"{name}.jsonl")
+    return Artifact.load(path)
+
+
+def verify(
+    model: Any, tokenizer: Any, artifact: Artifact, path: Path, heldout: list[str] | tuple[str, ...], config: EvalConfig
+) -> dict[str, Any]:
+    """Evaluate and write `eval.json`; an evaluation of the same artefact with the same settings is kept."""
+    from .evals import evaluate
+
+    wanted = json.loads(json.dumps({"settings": dataclasses.asdict(config), "sources": list(heldout)}))
+    of = json.loads(json.dumps({name: stage["settings"] for name, stage in artifact.stages.items()}))
+    file = path / EVAL_FILE
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if {key: found.get(key) for key in wanted} == wanted and found.get("artifact") == of:
+            say("evaluate: finished before, kept")
+            return found
+    say("evaluate: running")
+    result = {"artifact": of, **evaluate(model, tokenizer, artifact, heldout, config)}
+    write_json(file, result)
+    return result
+
+
+def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
+    """What a conversion will take: forward passes counted from the settings, timed on this machine with one short pass.
+
+    Returns:
+        "seconds" per stage and in all (rough: within a factor of two), "memory_gib" (weights, activations, captures,
+        optimiser), "disk_mib" of the artefact.
+    """
+    import time
+
+    import torch
+
+    from .calibration import default_lengths
+
+    sparse = config.sparse(context=context_tokens(model))
+    context = min(context_tokens(model), 32768)
+    probe = torch.zeros(1, min(512, context), dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model(probe, logits_to_keep=1)
+        begin = time.perf_counter()
+        float(model(probe, logits_to_keep=1).logits.sum())
+        per_token = (time.perf_counter() - begin) / probe.shape[1]
+    layers, query_heads, kv_heads, head_dim = head_counts(model)
+    text_config = model.config.get_text_config(decoder=True)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def forward(length: int) -> float:
+        """Seconds of one pass: linear in length, plus attention's quadratic share by its operation count."""
+        attention = 4 * layers * query_heads * head_dim * length / 2
+        return per_token * length * (1 + attention / (2 * parameters))
+
+    c, i, d, e = config.calibrate, config.indexer, config.distill, config.evaluate
+    lengths = c.lengths_tokens or default_lengths(context, sparse)
+    passes = 4.0 if c.scoring == "effect" else 1.0  # forward, recomputation, backward
+    indexer_length, distill_length = i.length_tokens or context, d.length_tokens or context
+    samples = e.samples * len(e.lengths_tokens) if len(e.samples) == 1 else e.samples
+    seconds = {
+        "calibrate": sum(passes * c.documents * forward(n) for n in lengths) + 2 * c.check_samples * forward(max(lengths)),
+        "train_indexer": (min(i.documents, i.steps * i.batch_size) + 8) * forward(indexer_length)
+        + i.steps * i.batch_size * 0.1 * forward(indexer_length),
+        "distill": 6.0 * d.steps * d.batch_size * forward(distill_length),
+        "evaluate": sum(2 * n * len(e.kinds) * forward(t) for n, t in zip(samples, e.lengths_tokens, strict=True))
+        + 2 * (e.loss_documents + e.fidelity_documents + 1) * forward(max(e.lengths_tokens)),
+    }
+    bytes_each = next(model.parameters()).element_size()
+    longest = max(indexer_length, distill_length, *lengths, *e.lengths_tokens)
+    trained = parameters if d.weights == "full" else 8 * layers * d.lora_rank * text_config.hidden_size
+    memory = parameters * bytes_each + 12 * trained + longest * layers * text_config.hidden_size * bytes_each * 2
+    memory += 40 * longest * text_config.hidden_size * bytes_each + i.capture_gib * 2**30 * bool(i.steps)
+    units = c.retrieval_ratio * layers * (query_heads if c.granularity == "head" else kv_heads)
+    per_unit = sparse.index_dim * head_dim * (1 + (1 if c.granularity == "head" else query_heads // kv_heads))
+    disk = 4 * units * per_unit + 2 * trained * bool(d.steps)
+    return {
+        "seconds": {**{k: round(v) for k, v in seconds.items()}, "total": round(sum(seconds.values()))},
+        "memory_gib": round(memory / 2**30, 1),
+        "disk_mib": round(disk / 2**20, 1),
+    }
