@@ -33,7 +33,7 @@ KINDS = ("ddp", "fsdp")
 
 def index_config(**changes) -> IndexerConfig:
     settings = {"steps": 5, "length_tokens": 96, "queries": 16, "documents": 5, "learning_rate": 3e-3, "save_every": 2}
-    return IndexerConfig(**{**settings, **changes})
+    return IndexerConfig(retrieval_ratio=0.0, **{**settings, **changes})
 
 
 def distill_config(weights: str, **changes) -> DistillConfig:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtpurbo import indexer_training
-from rtpurbo.config import IndexerConfig
+from rtpurbo.config import IndexerConfig, SparseConfig
 from rtpurbo.data import documents
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer_training import (
@@ -183,11 +183,82 @@ def test_closed_form_finds_attention_that_is_a_low_rank_product():
 @pytest.mark.parametrize("name", MAPS)
 def test_steps_reduce_the_kl_of_unseen_documents(model, tokenizer, source, name, start):
     made = artifact(model, name)
-    config = dataclasses.replace(CONFIG, start=start, steps=40, learning_rate=4e-3, queries=32, save_every=0)
+    config = dataclasses.replace(
+        CONFIG, start=start, steps=40, learning_rate=4e-3, queries=32, save_every=0, far_weighting=False, retrieval_ratio=0.0
+    )
     before = metrics_of(train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, steps=0)))
     after = metrics_of(train_indexer(model, tokenizer, made, [source], config))
-    assert after["kl"] < {"random": 0.6, "closed_form": 0.985}[start] * before["kl"]
+    assert after["kl"] < {"random": 0.6, "closed_form": 0.995}[start] * before["kl"]
     assert after["loss_last"] < after["loss_first"]
+
+
+def test_far_weights_are_far_mass():
+    torch.manual_seed(0)
+    sparse = SparseConfig(window_tokens=5, sink_tokens=2)
+    rows = torch.tensor([19, 3, 12])
+    target = torch.rand(2, 3, 20).masked_fill(torch.arange(20) > rows[:, None], 0.0)
+    got = indexer_training.far_weights(target, rows, sparse)
+    for unit in range(2):
+        for i, row in enumerate(rows.tolist()):
+            far = sum(target[unit, i, slot].item() for slot in range(2, row - 4))
+            assert got[unit, i].item() == pytest.approx(far + indexer_training.LEAST_WEIGHT, rel=1e-5)
+
+
+def test_weighted_kl():
+    torch.manual_seed(0)
+    target, scores, weights = torch.randn(2, 3, 9).softmax(-1), torch.randn(2, 3, 9), torch.rand(2, 3)
+    alone = torch.stack([kl_divergence(target[:, i : i + 1], scores[:, i : i + 1]) for i in range(3)], 1)
+    want = (alone * weights).sum(1) / weights.sum(1)
+    torch.testing.assert_close(kl_divergence(target, scores, weights), want)
+
+
+@pytest.mark.parametrize("weighting", [True, False])
+def test_steps_weigh_queries_by_their_far_mass(model, tokenizer, source, monkeypatch, weighting):
+    real, seen = kl_divergence, []
+
+    def watch(target, scores, weights=None):
+        seen.append((target, weights))
+        return real(target, scores, weights)
+
+    monkeypatch.setattr(indexer_training, "kl_divergence", watch)
+    rows = []
+    real_target = target_attention
+    monkeypatch.setattr(indexer_training, "target_attention", lambda c: rows.append(c.rows) or real_target(c))
+    made = artifact(model, "one layer")
+    config = dataclasses.replace(CONFIG, start="random", steps=3, far_weighting=weighting, save_every=0)
+    train_indexer(model, tokenizer, made, [source], config)
+    for (target, weights), at in list(zip(seen, rows, strict=True))[: config.steps]:
+        if weighting:
+            assert torch.equal(weights, indexer_training.far_weights(target, at, made.config))
+        else:
+            assert weights is None
+
+
+def test_queries_of_answers_are_used_in_every_step(model, tokenizer, source, monkeypatch):
+    from rtpurbo.data import mixed_document
+
+    config = dataclasses.replace(CONFIG, retrieval_ratio=1.0, steps=7, queries=4, save_every=0)
+    texts = documents([source], tokenizer, length_tokens=LENGTH, count=config.documents + MEASURED_DOCUMENTS, seed=1)
+    wanted = [
+        mixed_document(text, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:index:{i}")
+        for i, text in enumerate(texts[: config.documents])
+    ]
+    seen, captured = [], []
+    real_target, real_capture = indexer_training.target_attention, indexer_training.capture
+    monkeypatch.setattr(indexer_training, "target_attention", lambda c: seen.append(c.rows.tolist()) or real_target(c))
+    monkeypatch.setattr(
+        indexer_training, "capture", lambda m, tokens, *rest: captured.append(tokens) or real_capture(m, tokens, *rest)
+    )
+    train_indexer(model, tokenizer, artifact(model, "one layer"), [source], dataclasses.replace(config, start="random"))
+    for turn, rows in enumerate(seen[: config.steps]):
+        _, answers = wanted[indexer_training._shuffled(turn, config.documents, config.seed)]
+        assert answers
+        assert rows[: len(answers)] == answers
+        assert len(rows) == len(answers) + config.queries
+    assert {tuple(t.tolist()) for t in captured} == {
+        *(tuple(t.tolist()) for t, _ in wanted),
+        *(tuple(t.tolist()) for t in texts[-MEASURED_DOCUMENTS:]),
+    }
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -283,6 +354,28 @@ def test_measure_against_brute_force(tokenizer, source, name):
         assert got[n] == pytest.approx(sum(w[i] for w in want.values()) / len(want), rel=1e-3)
     assert (got["length_tokens"], got["documents"]) == (96, 2)
     assert 0 < got["tokens_selected"] < 68
+
+
+def test_p_for_a_mass_target(model, tokenizer, source):
+    made = artifact(model, "head")
+    config = dataclasses.replace(CONFIG, save_every=0)
+    plain = metrics_of(train_indexer(model, tokenizer, made, [source], config))
+    curve = {point["top_p"]: point for point in plain["curve"]}
+    assert plain["top_p"] == 0.9
+    assert list(curve) == sorted(curve)
+    masses = [point["mass_kept"] for point in curve.values()]
+    assert masses == sorted(masses)
+    assert masses[0] < masses[-1]
+    p = list(curve)[3]
+    target = (curve[p]["mass_kept"] + masses[2]) / 2
+    done = train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, mass_target=target))
+    assert done.config.top_p == metrics_of(done)["top_p"] == p
+    assert metrics_of(done)["mass_kept"] == pytest.approx(curve[p]["mass_kept"])
+    alone = dataclasses.replace(made, config=dataclasses.replace(made.config, top_p=p))
+    again = metrics_of(train_indexer(model, tokenizer, alone, [source], config))
+    assert again["units"] == metrics_of(done)["units"]
+    most = train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, mass_target=0.999999))
+    assert most.config.top_p == list(curve)[-1]
 
 
 def test_measuring_everything_selected(model, tokenizer, source):
