@@ -445,3 +445,5 @@ def test_wrong_inputs_are_named(model, made, tokenizer, source):
         distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, length_tokens=513))
     with pytest.raises(ValueError, match=r"not longer than window \+ sinks"):
         distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, length_tokens=20))
+    with pytest.raises(ValueError, match="60 tokens is too short for a 'multi_query' question"):
+        distill(model, tokenizer, made, [source], dataclasses.replace(CONFIG, length_tokens=60, retrieval_ratio=0.01))

@@ -309,6 +309,13 @@ KNOWN_TOKENS = 4
 """First tokens of a repeated span, which do not yet say what follows."""
 
 
+def check_room(length: int, tokenizer: Any) -> None:
+    """ValueError when documents of `length` tokens are too short for the questions of `mixed_document`."""
+    for i, template in enumerate(TRAINING_TEMPLATES * 4):
+        document = torch.zeros(length, dtype=torch.long)
+        retrieval_sample(document, tokenizer, kind="multi_query", depth=0.5, seed=str(i), template=template)
+
+
 def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int]]:
     """A training document: as it is, or (a share `retrieval_ratio`) one that needs something from far away at its end:
     hidden facts and a question, or a repeated span.

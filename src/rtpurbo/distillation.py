@@ -22,7 +22,7 @@ from torch import Tensor
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
-from .data import documents, mixed_document
+from .data import check_room, documents, mixed_document
 from .families import context_tokens
 from .training import prepare, stage_inputs, train, trainable_state
 
@@ -107,6 +107,8 @@ def distill(
     context = context_tokens(model)
     length = config.length_tokens or min(context, 32768)
     check_lengths((length,), context, artifact.config)
+    if config.retrieval_ratio:
+        check_room(length, tokenizer)
     total = config.steps * config.batch_size * accelerator.num_processes
     texts = documents(sources, tokenizer, length_tokens=length, count=max(1, min(total, 512)), seed=config.seed + 1)
     torch.manual_seed(config.seed)
