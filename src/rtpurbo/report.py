@@ -24,8 +24,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 } h3 { font-size: 1rem; marg
 h2 { font-size: 1.25rem; margin: 36px 0 8px; padding-top: 12px; border-top: 1px solid #d5d9de }
 p, figcaption { margin: 6px 0; max-width: 80ch }
 figcaption, .caption { color: #57606a; font-size: .9rem }
-figure { margin: 8px 0 16px }
-code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92em }
+figure { margin: 8px 0 16px } code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92em }
 .note { border-left: 4px solid #d55e00; background: #f6f7f9; padding: 8px 12px; margin: 10px 0 }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
 .tiles div { border: 1px solid #d5d9de; border-radius: 8px; padding: 10px 14px; font-size: .85rem; color: #57606a }
@@ -34,6 +33,7 @@ code { background: #f1f3f5; padding: 1px 5px; border-radius: 4px; font-size: .92
   grid-template-columns: repeat(auto-fit, minmax(min(100%, max(var(--least), var(--needs, 0px))), 1fr)) }
 .grid > * { min-width: 0 } .two { --least: 440px } .pair { display: flex; flex-wrap: wrap; gap: 12px 24px; overflow-x: auto }
 .columns { columns: 2 330px; column-gap: 28px } .columns h3 { margin-top: 0 }
+.columns section, .two section { break-inside: avoid }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: 6px 0 12px; width: 100% }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e6e8eb; vertical-align: top; font-weight: 400 }
 thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
@@ -54,9 +54,8 @@ thead th { font-weight: 600; border-bottom: 2px solid #8a9099 }
   @page { margin: 14mm 12mm }
   html { font-size: 10pt } h2 { margin-top: 20px } .rows { font-size: .8rem }
   body { padding: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  h2, h3, thead { break-after: avoid }
-  figcaption, .caption, .note { break-before: avoid }
-  figure, tr, .tiles, .note, .needle, .columns section { break-inside: avoid }
+  h2, h3, thead { break-after: avoid } figcaption, .caption, .note { break-before: avoid }
+  figure, tr, .tiles, .note { break-inside: avoid }
   .grid { --least: 200px } .two { --least: 320px }
 }
 """
@@ -141,7 +140,7 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
 <p class=caption>RTPurbo report</p>
 <h1>{name.replace("/", "/<wbr>")}</h1>
 <p>Sparse version: every head sees a window of {card.tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval
-heads also read {"all other tokens" if artifact.indexer is None else index}.</p>
+heads also read {"all earlier tokens" if artifact.indexer is None else index}.</p>
 <div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
 <noscript><p class=note>The figures need JavaScript.</p></noscript>
 </header>
@@ -174,7 +173,7 @@ def _figure(name: str, caption: str, traces: list[Any], *, x: Any, y: Any, heigh
     from plotly.graph_objects import Figure
 
     axis = {"automargin": True, "fixedrange": True, "gridcolor": "#e6e8eb", "linecolor": "#8a9099", "zeroline": False}
-    axis |= {"ticks": "outside", "tickcolor": "#8a9099", "exponentformat": "power"}
+    axis |= {"ticks": "outside", "tickcolor": "#8a9099", "tickformat": ","}
     layout |= {
         "template": "none",
         "height": height,
@@ -246,7 +245,7 @@ def _curves(stage: str, artifact: Artifact, curves: dict[str, list[dict[str, flo
         steps, values = [row["step"] + 1 for row in rows if key in row], [row[key] for row in rows if key in row]
         log = key == "loss" and min(values, default=0) > 0
         y = {"title": title + ", log scale" * log, "type": "log" if log else "linear"}
-        y |= {"tickformat": ".0%"} if key == "top1_agreement" else {}
+        y["tickformat"] = ".0%" if key == "top1_agreement" else ".3~g"
         mode = "lines+markers" if len(values) < 20 else "lines"  # a single step is a dot
         if values:
             trace = _line(title, steps, values, "step %{x}: %{y:.4g}", color, mode=mode)
@@ -315,7 +314,7 @@ def _loss(losses: dict[str, Any]) -> str:
             traces.append(_line(name, edges, values, f"{name}: %{{y:.4f}} nats", color, dash=dash, shape="hv"))
         what = f"{source}, {one['samples']} documents"
         caption = f"{what}: look for a gap that opens to the right, where text builds on what is far back."
-        x, y = {"title": "position in the document (tokens)", "tickformat": ","}, {"title": "loss (nats per token)"}
+        x, y = {"title": "position in the document (tokens)"}, {"title": "loss (nats per token)"}
         figures.append(_figure(f"loss-{number}", caption, traces, x=x, y=y, height=300))
     return f"<div class='grid two'>{''.join(figures)}</div>" if figures else ""
 
@@ -334,8 +333,8 @@ def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, flo
     caption = "Look at the slopes: a further token costs the sparse cache only its full KV heads and index keys."
     if computed:
         caption += " Marks are measured; lines are computed from the head map, without the room that buffers keep to grow."
-    x = {"title": "document length (tokens)", "tickformat": ",", "rangemode": "tozero"}
-    return _figure("cache-bytes", caption, traces, x=x, y={"title": "cache (MiB)", "rangemode": "tozero"}, height=360)
+    x, y = ({"title": title, "rangemode": "tozero"} for title in ("document length (tokens)", "cache (MiB)"))
+    return _figure("cache-bytes", caption, traces, x=x, y=y, height=360)
 
 
 def _settings(artifact: Artifact, evaluation: dict[str, Any]) -> str:

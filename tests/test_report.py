@@ -1,0 +1,554 @@
+"""The report: what it says of complete and partial artefacts, what it refuses, and how a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rtpurbo import model_card as card
+from rtpurbo.checkpoint import Artifact
+from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
+from rtpurbo.evals.statistics import paired
+from rtpurbo.heads import HeadMap
+from rtpurbo.indexer import make_indexer
+from rtpurbo.report import write_report
+
+LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 6, 3, 16
+KINDS = ("single", "multi_key")
+LENGTHS = (1024, 2048)
+SOURCES = ("installed-docs:heldout", "books.txt")
+ALL_STAGES = ("calibrate", "train_indexer", "distill")
+
+
+def make_artifact(
+    stages: tuple[str, ...] = ALL_STAGES, *, name: str = "owner/Tiny-Model", left: int | None = None
+) -> Artifact:
+    """An artefact with the metrics that its stages leave; layer `left` is one that stays as it is."""
+    rng = random.Random(0)
+    scores = [[round(rng.random(), 4) for _ in range(QUERY_HEADS)] for _ in range(LAYERS)]
+    rows = [None if i == left else row for i, row in enumerate(scores)]
+    heads = HeadMap.from_scores(rows, kv_heads=KV_HEADS, granularity="head", ratio=0.15)
+    base = {"name": name, "revision": None, "model_type": "llama", "head_dim": HEAD_DIM, "fingerprint": "ba3ac923" * 8}
+    artifact = Artifact(base_model=base, config=SparseConfig(window_tokens=256), heads=heads)
+    if "calibrate" in stages:
+        check = {"length_tokens": 2048, "samples": 8, "dense": 0.875, "chosen_heads": 0.75}
+        metrics = {"scores": scores, "check": check, "overlap_between_halves": 0.825, "notes": ["88% -> 75%."]}
+        artifact = artifact.with_stage("calibrate", CalibrateConfig(lengths_tokens=LENGTHS), metrics)
+    if "train_indexer" in stages:
+        tensors = make_indexer(heads, head_dim=HEAD_DIM, index_dim=16).state_dict()
+        artifact = artifact.with_stage("train_indexer", IndexerConfig(), index_metrics(heads, 1024), indexer=tensors)
+    if "distill" in stages:
+        artifact = artifact.with_stage("distill", DistillConfig(), {"loss_first": 0.2, "loss_last": 0.05})
+    return artifact
+
+
+def index_metrics(heads: HeadMap, length: int) -> dict:
+    """What `measure` returns."""
+    rng = random.Random(length)
+    units = []
+    for layer in heads.layers:
+        for unit in range(len(heads.units(layer))):
+            share, mass = rng.betavariate(1, 6), 1 - rng.betavariate(1, 30)
+            values = {"kl": rng.random(), "mass_kept": mass, "far_selected_ratio": share, "tokens_selected": share * length}
+            units.append({"layer": layer, "unit": unit, **values})
+    names = ("kl", "mass_kept", "far_selected_ratio", "tokens_selected")
+    means = {name: sum(u[name] for u in units) / len(units) for name in names}
+    return {**means, "length_tokens": length, "documents": 4, "units": units}
+
+
+def make_evaluation(heads: HeadMap, *, lengths=LENGTHS, sources=SOURCES, kinds=KINDS, samples: int = 15) -> dict:
+    """What `evaluate` returns, with made-up numbers."""
+    rng = random.Random(1)
+    needle = []
+    for kind in kinds:
+        for length in lengths:
+            dense, sparse = ([float(rng.random() < right) for _ in range(samples)] for right in (0.9, 0.7))
+            depths = {}
+            for i in range(5):
+                some = {"dense": dense[i::5], "sparse": sparse[i::5]}
+                means = {name: sum(values) / len(values) for name, values in some.items()}
+                depths[f"{(i + 0.5) / 5:.1f}"] = {"samples": len(dense[i::5]), **means}
+            needle.append({"kind": kind, "length_tokens": length, **paired(dense, sparse), "depths": depths})
+    loss = {}
+    for source in sources:
+        dense = [rng.gauss(3, 0.1) for _ in range(8)]
+        sparse = [d + 0.01 for d in dense]
+        step = lengths[-1] // 8
+        buckets = [
+            {"from": step * i, "to": step * (i + 1), "loss_dense": 3 / (i + 1), "loss_sparse": 3.1 / (i + 1), "kl": 0.02}
+            for i in range(8)
+        ]
+        facts = {"documents": 8, "length_tokens": lengths[-1], "kl": 0.0213, "top1_agreement": 0.951, "by_position": buckets}
+        loss[source] = {**facts, **paired(dense, sparse)}
+    speed = {}
+    for name, factor, share in (("dense", 1.0, 1.0), ("sparse", 1.25, 0.5)):
+        bytes_each = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2 * share
+        speed[name] = {
+            "length_tokens": float(lengths[-1]),
+            "prefill_seconds": 2 * factor,
+            "decode_tokens_per_second": 20 / factor,
+            "cache_bytes": bytes_each * lengths[-1],
+        }
+    settings = json.loads(json.dumps(dataclasses.asdict(EvalConfig(lengths_tokens=lengths))))
+    index = index_metrics(heads, lengths[-1])
+    return {"settings": settings, "sources": list(sources), "needle": needle, "loss": loss, "speed": speed, "index": index}
+
+
+def make_curve(steps: int, *, agreement: bool) -> list[dict]:
+    """Rows of a metrics file."""
+    losses = [0.05 + 2 * math.exp(-6 * i / steps) for i in range(steps)]
+    extra = [{"top1_agreement": 0.9 - 0.1 * loss} if agreement else {} for loss in losses]
+    rates = [1e-3 * (1 - i / steps) for i in range(steps)]
+    rows = enumerate(zip(losses, extra, rates, strict=True))
+    return [{"step": i, "loss": loss, **more, "learning_rate": rate} for i, (loss, more, rate) in rows]
+
+
+def save(folder: Path, artifact: Artifact, *, evaluation: dict | None = None, curves: bool = False) -> Path:
+    """Write an artefact's directory."""
+    artifact.save(folder)
+    if evaluation is not None:
+        (folder / "eval.json").write_text(json.dumps(evaluation))
+    if curves:
+        (folder / "metrics").mkdir()
+        for stage in ("train_indexer", "distill"):
+            lines = [json.dumps(row) for row in make_curve(60, agreement=stage == "distill")]
+            (folder / "metrics" / f"{stage}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def save_full(folder: Path, **options) -> Path:
+    artifact = make_artifact()
+    return save(folder, artifact, evaluation=make_evaluation(artifact.heads, **options), curves=True)
+
+
+class Page(HTMLParser):
+    """What a report holds: tags, text outside scripts and styles, rows of cells, and Plotly figures by name."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.headings: list[str] = []
+        self.figures: dict[str, dict] = {}
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._open = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        self._open = tag
+        if "data-figure" in found:
+            self.figures[found["id"]] = json.loads(found["data-figure"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_data(self, data):
+        if self._open in ("script", "style"):
+            return
+        self.text += data
+        if self._open in ("td", "th", "small"):
+            self.rows[-1][-1] += data
+        if self._open in ("h1", "h2", "h3", "wbr"):
+            self.headings[-1] += data
+
+    def handle_endtag(self, tag):
+        self._open = ""
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    return write_report(save_full(tmp_path_factory.mktemp("full") / "artefact"))
+
+
+def test_full_report_has_every_part(full):
+    page = Page(full)
+    sections = [text for tag, text in zip(_heading_tags(page), page.headings, strict=True) if tag == "h2"]
+    assert sections == [
+        "Dense and sparse", "Head map", "Index", "Distillation", "Needles in long documents", "Loss by position", "Cache",
+        "Settings",
+    ]  # fmt: skip
+    assert page.headings[0] == "owner/Tiny-Model"
+    assert list(page.figures) == [
+        "head-map", "train_indexer-loss", "train_indexer-learning_rate", "index-units", "distill-loss",
+        "distill-top1_agreement", "distill-learning_rate", "loss-0", "loss-1", "cache-bytes",
+    ]  # fmt: skip
+    assert "has not been run" not in page.text
+    assert full.name == "report.html"
+    assert not [p for p in full.parent.iterdir() if p.name.startswith(".tmp")]
+
+
+def _heading_tags(page: Page) -> list[str]:
+    return [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+
+
+def test_report_is_one_file_that_asks_for_nothing(full):
+    page = Page(full)
+    assert not [a for _, a in page.tags if "src" in a or "href" in a]
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 2
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
+
+
+def test_report_is_the_same_every_time(full, tmp_path):
+    other = write_report(full.parent, tmp_path / "new" / "other.html")
+    assert other == tmp_path / "new" / "other.html"
+    assert other.read_bytes() == full.read_bytes()
+
+
+def test_summary_has_the_measured_numbers(full):
+    rows = {row[0]: row[1:] for row in Page(full).rows}
+    evaluation = json.loads((full.parent / "eval.json").read_text())
+    one = evaluation["needle"][0]
+    dense, sparse, difference, samples = rows["Answers right, single needle, 1,024 tokens"]
+    assert (dense, sparse, samples) == (f"{one['dense']:.1%}", f"{one['sparse']:.1%}", "15")
+    low, high = one["difference_95"]
+    want = f"{100 * one['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert difference == want.replace("-", "−")
+    assert rows["Loss in nats, books.txt, 2,048 tokens"][2] == "+0.0100 [+0.0100, +0.0100]"
+    assert rows["Same most likely token as dense, books.txt, 2,048 tokens"] == ["–", "95.1%", "–", "8"]
+    assert rows["Decode, 2,048 tokens"] == ["20.0 tokens/s", "16.0 tokens/s", "0.80 × dense", "1 run"]
+    assert rows["Cache, 2,048 tokens"][2] == "0.50 × dense"
+    check = rows["Answers right, check of the head map without index, 2,048 tokens"]
+    assert check == ["87.5%", "75.0%", "−12.5 points", "8"]  # no interval was measured
+    assert rows["window_tokens"] == ["256"]
+
+
+def test_needle_cells_hold_share_and_count(full):
+    evaluation = json.loads((full.parent / "eval.json").read_text())
+    cells = [cell for row in Page(full).rows for cell in row if "n = " in cell]
+    grid = [one["depths"]["0.1"] for one in evaluation["needle"] if one["kind"] == "single"]
+    assert len(cells) == len(KINDS) * 2 * 5 * len(LENGTHS)
+    assert cells[: len(grid)] == [f"{c['dense']:.0%}n = {c['samples']}" for c in grid]
+
+
+def test_needle_grid_has_holes_where_a_depth_was_not_asked(tmp_path):
+    artifact = make_artifact()
+    evaluation = make_evaluation(artifact.heads)
+    del evaluation["needle"][0]["depths"]["0.5"]
+    page = Page(write_report(save(tmp_path / "a", artifact, evaluation=evaluation)))
+    assert next(row for row in page.rows if row[0] == "0.5")[1] == ""
+
+
+def test_head_map_outlines_the_retrieval_heads(full):
+    heads = Artifact.load(full.parent).heads
+    heat, outline = Page(full).figures["head-map"]["data"]
+    scores = Artifact.load(full.parent).stages["calibrate"]["metrics"]["scores"]
+    assert heat["z"] == [list(column) for column in zip(*scores, strict=True)]
+    x, y = (outline[axis] for axis in ("x", "y"))
+    marked = {(round(x[i] + 0.42), round(y[i] + 0.42)) for i in range(0, len(x), 6)}
+    assert marked == {(layer, head) for layer in heads.layers for head in heads.retrieval_heads(layer)}
+    lines = [shape["y0"] for shape in Page(full).figures["head-map"]["layout"]["shapes"]]
+    assert lines == [1.5, 3.5]  # between KV heads of two query heads each
+
+
+def test_group_map_outlines_whole_groups(tmp_path):
+    heads = HeadMap(query_heads=6, kv_heads=3, granularity="group", retrieval=((0, 1, 4, 5),))
+    artifact = dataclasses.replace(make_artifact(()), heads=heads)
+    outline = Page(write_report(save(tmp_path / "a", artifact))).figures["head-map"]["data"][1]
+    assert outline["y"] == [-0.42, -0.42, 1.42, 1.42, -0.42, None, 3.58, 3.58, 5.42, 5.42, 3.58, None]
+
+
+def test_layers_left_as_they_are_are_blank(tmp_path):
+    artifact = make_artifact(("calibrate",), left=2)
+    page = Page(write_report(save(tmp_path / "a", artifact)))
+    z = page.figures["head-map"]["data"][0]["z"]
+    assert all(row[2] is None and row[3] is not None for row in z)
+    assert "left as they are" in page.text
+
+
+def test_curves_use_a_log_scale_only_for_positive_losses(tmp_path):
+    folder = save_full(tmp_path / "a")
+    assert Page(write_report(folder)).figures["distill-loss"]["layout"]["yaxis"]["type"] == "log"
+    (folder / "metrics" / "distill.jsonl").write_text('{"step": 0, "loss": -1e-9, "learning_rate": 0.1}\n')
+    page = Page(write_report(folder))
+    assert page.figures["distill-loss"]["layout"]["yaxis"]["type"] == "linear"
+    assert page.figures["distill-loss"]["data"][0]["mode"] == "lines+markers"  # one step alone draws no line
+
+
+def test_index_marks_are_its_units(full):
+    trained, evaluated = Page(full).figures["index-units"]["data"]
+    units = json.loads((full.parent / "eval.json").read_text())["index"]["units"]
+    assert evaluated["x"] == [u["tokens_selected"] for u in units]
+    assert evaluated["y"] == [u["mass_kept"] for u in units]
+    assert (trained["name"], evaluated["name"]) == ("after training, 1,024 tokens", "evaluation, 2,048 tokens")
+
+
+def test_cache_curve_says_what_is_computed(full):
+    traces = {t["name"]: t for t in Page(full).figures["cache-bytes"]["data"]}
+    assert set(traces) == {f"{a}, {b}" for a in ("dense", "sparse") for b in ("measured", "computed")}
+    assert traces["dense, measured"]["x"] == [2048.0]
+    assert traces["dense, measured"]["y"] == [2 * LAYERS * KV_HEADS * HEAD_DIM * 2 * 2048 / 2**20]
+
+
+def test_several_speed_lengths(tmp_path):
+    artifact = make_artifact()
+    evaluation = make_evaluation(artifact.heads)
+    one = evaluation["speed"]
+    longer = {n: [{**row, "length_tokens": 4096.0, "cache_bytes": 2 * row["cache_bytes"]}, row] for n, row in one.items()}
+    page = Page(write_report(save(tmp_path / "a", artifact, evaluation={**evaluation, "speed": longer})))
+    assert page.figures["cache-bytes"]["data"][0]["x"] == [2048.0, 4096.0]
+    assert {"Cache, 2,048 tokens", "Cache, 4,096 tokens"} <= {row[0] for row in page.rows}
+
+
+def test_no_computed_cache_where_the_formula_does_not_hold(tmp_path):
+    artifact = make_artifact()
+    evaluation = make_evaluation(artifact.heads)
+    evaluation["speed"]["dense"]["cache_bytes"] *= 0.9
+    page = Page(write_report(save(tmp_path / "a", artifact, evaluation=evaluation)))
+    assert {t["name"] for t in page.figures["cache-bytes"]["data"]} == {"dense, measured", "sparse, measured"}
+
+
+def test_calibrated_artifact_names_what_is_missing(tmp_path):
+    page = Page(write_report(save(tmp_path / "a", make_artifact(("calibrate",)))))
+    for stage, command in (("Index training", "train-indexer"), ("Distillation", "distill"), ("Evaluation", "eval")):
+        assert f"{stage} has not been run: rtpurbo {command} adds it." in page.text
+    assert "Calibration has not been run" not in page.text
+    assert list(page.figures) == ["head-map"]
+    assert "read all earlier tokens" in page.text
+    for absent in ("Needles", "Loss by position", "Cache", "Distillation\n", "decode"):
+        assert absent not in page.headings
+    assert [r[0] for r in page.rows if "–" in r] == []
+
+
+def test_head_map_without_calibration(tmp_path):
+    page = Page(write_report(save(tmp_path / "a", make_artifact(()))))
+    assert "made without calibration" in page.text
+    assert "rtpurbo calibrate" in page.text
+    assert page.figures["head-map"]["data"][0]["showscale"] is False
+    assert not [row for row in page.rows if len(row) == 5]  # nothing was measured: no table
+
+
+def test_finished_stage_without_its_metrics_file(tmp_path):
+    page = Page(write_report(save(tmp_path / "a", make_artifact())))
+    assert "No curves: there is no metrics/train_indexer.jsonl." in page.text
+    assert "No curves: there is no metrics/distill.jsonl." in page.text
+
+
+def test_evaluation_of_an_earlier_state_is_called_so(tmp_path):
+    folder = save_full(tmp_path / "a")
+    evaluation = json.loads((folder / "eval.json").read_text())
+    settings = {name: stage["settings"] for name, stage in Artifact.load(folder).stages.items()}
+    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": settings}))
+    assert "earlier state" not in Page(write_report(folder)).text
+    del settings["distill"]
+    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": settings}))
+    assert "earlier state of this artefact: rtpurbo eval measures it" in Page(write_report(folder)).text
+
+
+def test_text_is_escaped(tmp_path):
+    evil = "<script>alert('1')</script><img src=x onerror=alert(2)>&amp;\"'"
+    artifact = make_artifact(name=evil)
+    artifact.stages["calibrate"]["metrics"]["notes"] = [evil]
+    artifact.stages["calibrate"]["settings"][evil] = evil
+    artifact.stages[evil] = {"settings": {"a": evil}, "metrics": {}}
+    evaluation = make_evaluation(artifact.heads, sources=(evil,), kinds=(evil,))
+    evaluation["needle"][0]["depths"][evil] = evaluation["needle"][0]["depths"]["0.1"]
+    path = write_report(save(tmp_path / "a", artifact, evaluation=evaluation, curves=True))
+    page = Page(path)
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 2
+    assert "img" not in names
+    assert page.headings[0] == evil
+    assert page.text.count(evil) >= 6
+    assert f"<title>RTPurbo report: {'&lt;script&gt;'}" in path.read_text()
+
+
+BAD_EVALUATIONS = [
+    ("{", "expected JSON"),
+    ("[]", "expected an object, got '\\[\\]'"),
+    ('{"needle": {}}', "'needle': expected a list"),
+    ('{"needle": [{"kind": 1}]}', "'needle', entry 0: expected the key 'samples', got kind"),
+    ('{"loss": {"a": {}}}', "'loss', 'a': expected the key 'samples', got no key"),
+    ('{"speed": {"dense": []}}', "'speed': expected the key 'sparse', got dense"),
+    ('{"speed": {"dense": 3, "sparse": []}}', "'speed', 'dense': expected a list, got '3'"),
+    ('{"index": null}', "'index': expected an object, got 'None'"),
+    ('{"sources": [3]}', "'sources', entry 0: expected text, got '3'"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_EVALUATIONS)
+def test_malformed_evaluation_is_refused(tmp_path, content, message):
+    folder = save(tmp_path / "a", make_artifact())
+    (folder / "report.html").write_text("the old report")
+    (folder / "eval.json").write_text(content)
+    with pytest.raises(ValueError, match=f"eval.json.*{message}.*Run `rtpurbo eval` again"):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "the old report"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense": True}, "'dense': expected a finite number, got 'True'"),
+        ({"dense": math.nan}, "'dense': expected a finite number, got 'nan'"),
+        ({"difference_95": [0.1]}, "'difference_95': expected a list of 2"),
+        ({"depths": {"0.1": {"samples": 3}}}, "'depths', '0.1': expected the key 'dense'"),
+    ],
+)
+def test_malformed_needle_result_is_refused(tmp_path, change, message):
+    artifact = make_artifact()
+    evaluation = make_evaluation(artifact.heads)
+    evaluation["needle"][1].update(change)
+    with pytest.raises(ValueError, match=f"'needle', entry 1, {message}"):
+        write_report(save(tmp_path / "a", artifact, evaluation=evaluation))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 0, "lo', "line 2 is damaged: expected JSON"),
+        ('{"step": 0, "loss": 1}', "entry 1: expected the key 'learning_rate', got step, loss"),
+        ('{"step": 0, "loss": NaN, "learning_rate": 1}', "entry 1, 'loss': expected a finite number"),
+        ("7", "entry 1: expected an object, got '7'"),
+    ],
+)
+def test_malformed_curve_is_refused(tmp_path, line, message):
+    folder = save(tmp_path / "a", make_artifact(), curves=True)
+    good = json.dumps(make_curve(2, agreement=False)[0])
+    (folder / "metrics" / "distill.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=f"distill.jsonl.*{message}.*Delete the file"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({}, "expected the key 'scores'"),
+        ({"scores": [[0.1] * QUERY_HEADS]}, "expected 8 layers of 6 heads, got 1 layers of 6 heads. Calibrate again"),
+        ({"scores": []}, "got 0 layers of no heads"),
+        ({"scores": [["a"]]}, "'scores', entry 0, entry 0: expected a finite number, got 'a'"),
+    ],
+)
+def test_malformed_stage_is_refused(tmp_path, metrics, message):
+    artifact = make_artifact(("calibrate",))
+    artifact.stages["calibrate"]["metrics"] = metrics
+    with pytest.raises(ValueError, match=message):
+        write_report(save(tmp_path / "a", artifact))
+
+
+def test_wrong_places_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not an artefact: expected a directory with rtpurbo_config.json.*convert"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="is not an artefact"):
+        write_report(Path("owner/name"))  # never fetched from the hub
+    folder = save(tmp_path / "a", make_artifact(()))
+    with pytest.raises(ValueError, match="is a directory; expected a file"):
+        write_report(folder, tmp_path)
+
+
+def test_computed_cache_by_hand():
+    heads = HeadMap(query_heads=4, kv_heads=2, granularity="head", retrieval=((0, 1), ()))
+    config = SparseConfig(window_tokens=8, sink_tokens=2, index_dim=3)
+    artifact = Artifact(base_model={"name": "m", "head_dim": 5}, config=config, heads=heads, indexer={})
+    dense = {"length_tokens": 100.0, "cache_bytes": 2.0 * (2 * 2 * 2 * 5) * 100}
+    found = card.computed_cache(artifact, dense, [4.0, 100.0])
+    # One full KV head; three local ones that hold 7 + 2 tokens; two index keys of three numbers per token.
+    assert found["dense"] == [2 * 40 * 4, 2 * 40 * 100]
+    assert found["sparse"] == [2 * (10 * (4 + 3 * 4) + 6 * 4), 2 * (10 * (100 + 3 * 9) + 6 * 100)]
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium; without it the tests are skipped, but not in CI."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        reason = "Chromium or its driver is not installed (Debian: chromium, chromium-driver)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()
+
+
+def show(browser, path: Path, *, width: int) -> None:
+    """Load a page as a screen of this width shows it; below 600 px a phone's."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+
+
+PLOTS = """return [...document.querySelectorAll("[data-figure]")].map((plot) => {
+  const box = plot.querySelector(".main-svg").getBoundingClientRect();
+  const marks = [...plot.querySelectorAll(".scatterlayer .trace path, .heatmaplayer image")];
+  const drawn = marks.filter((mark) => mark.getBoundingClientRect().width > 0);
+  return {id: plot.id, traces: plot.data.length, drawn: drawn.length, width: box.width, height: box.height,
+          right: box.right, column: plot.parentElement.getBoundingClientRect().width};
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("kind", ["full", "calibrated", "long"])
+def test_browser_draws_every_figure_within_the_page(browser, full, tmp_path, width, kind):
+    path = full
+    if kind == "calibrated":
+        path = write_report(save(tmp_path / "a", make_artifact(("calibrate",))))
+    if kind == "long":  # many lengths, and names without a place to break
+        artifact = make_artifact(name="n" * 120)
+        lengths = tuple(1024 * 2**i for i in range(10))
+        evaluation = make_evaluation(artifact.heads, lengths=lengths, sources=("/" + "s" * 150,))
+        path = write_report(save(tmp_path / "a", artifact, evaluation=evaluation, curves=True))
+    show(browser, path, width=width)
+    plots = browser.execute_script(PLOTS)
+    assert [p["id"] for p in plots] == list(Page(path).figures)
+    for plot in plots:
+        assert plot["traces"] >= 1, plot
+        assert plot["drawn"] >= plot["traces"], plot
+        assert plot["height"] > 150, plot
+        assert abs(plot["width"] - plot["column"]) < 1, plot  # drawn for the column it stands in
+        assert plot["right"] <= width, plot
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_browser_runs_no_script_of_a_name(browser, tmp_path):
+    evil = "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>"
+    artifact = make_artifact(name=evil)
+    evaluation = make_evaluation(artifact.heads, sources=(evil,), kinds=(evil,))
+    show(browser, write_report(save(tmp_path / "a", artifact, evaluation=evaluation)), width=1280)
+    assert browser.execute_script("return window.hit ?? null") is None
+    assert browser.get_log("browser") == []
+
+
+def test_browser_prints(browser, full):
+    show(browser, full, width=1280)
+    browser.execute_script(f"addEventListener('beforeprint', () => window.printed = (() => {{ {PLOTS} }})())")
+    sheet = {"printBackground": True, "preferCSSPageSize": True, "paperWidth": 8.27, "paperHeight": 11.69}  # A4 in inches
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", sheet)["data"])
+    assert pdf.startswith(b"%PDF-")
+    assert 3 <= pdf.count(b"/Type /Page\n") <= 12
+    printed = browser.execute_script("return window.printed")
+    assert len(printed) == 10
+    assert all(0 < p["width"] <= 703 for p in printed)  # A4 less its margins
+    after = browser.execute_script(PLOTS)
+    assert all(abs(p["width"] - p["column"]) < 1 for p in after)
