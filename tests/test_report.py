@@ -212,6 +212,9 @@ def test_report_is_the_same_every_time(full, tmp_path):
 
 def test_summary_has_the_measured_numbers(full):
     rows = {row[0]: row[1:] for row in Page(full).rows}
+    assert [name for name in rows if "needle" in name] == [
+        f"Answers right, {kind.replace('_', '-')} needle, {length:,} tokens" for kind in KINDS for length in LENGTHS
+    ]
     evaluation = json.loads((full.parent / "eval.json").read_text())
     one = evaluation["needle"][0]
     dense, sparse, difference, samples = rows["Answers right, single needle, 1,024 tokens"]

@@ -155,7 +155,9 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
     """Everything measured, from a checked artefact and evaluation; no line for what was not."""
     rows = []
     metrics = {name: stage["metrics"] for name, stage in artifact.stages.items()}
-    for one in evaluation.get("needle", []):
+    needles = evaluation.get("needle", [])
+    kinds = list(dict.fromkeys(one["kind"] for one in needles))
+    for one in sorted(needles, key=lambda one: (kinds.index(one["kind"]), one["length_tokens"])):
         name = f"Answers right, {one['kind'].replace('_', '-')} needle, {tokens(one['length_tokens'])}"
         rows.append(Row(name, f"{one['dense']:.1%}", f"{one['sparse']:.1%}", _points(one), f"{one['samples']:,}"))
     for source, one in evaluation.get("loss", {}).items():
@@ -174,7 +176,10 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
             rows.append(Row(f"{name}, {what}", text(dense[key]), text(sparse[key]), ratio, "1 run"))
     index = evaluation.get("index") or metrics.get("train_indexer")
     if index:
-        what, count = f"index, {tokens(index['length_tokens'])}", f"{index['documents']:,} documents"
+        what, count = (
+            f"index, {tokens(index['length_tokens'])}",
+            f"{index['documents']:,} document{'s' * (index['documents'] != 1)}",
+        )
         rows.append(Row(f"Attention mass recalled, {what}", _NONE, f"{index['mass_kept']:.1%}", _NONE, count))
         rows.append(Row(f"Far tokens selected per query, {what}", _NONE, f"{index['tokens_selected']:,.0f}", _NONE, count))
     found = metrics.get("calibrate", {}).get("check")
@@ -294,7 +299,7 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{CAPTION}"
     measured = "\n\n".join([table if rows else "Nothing has been measured yet.", *gaps(artifact, evaluation)])
     settings = "\n".join(
-        f"- **{_plain(title)}**: {', '.join(f'{_plain(k)} = {_plain(_public(v))}' for k, v in values.items())}"
+        f"- **{_plain(title)}**: {'; '.join(f'{_plain(k)} = {_plain(_public(v))}' for k, v in values.items())}"
         for title, values in all_settings(artifact, evaluation).items()
     )
     where = ', base_model="path/to/it"' if local and artifact.weights_kind != "full" else ""

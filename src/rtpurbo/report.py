@@ -312,7 +312,7 @@ def _loss(losses: dict[str, Any]) -> str:
         for name, color, dash, _ in _STYLES:
             values = [b[f"loss_{name}"] for b in (*buckets, *buckets[-1:])]
             traces.append(_line(name, edges, values, f"{name}: %{{y:.4f}} nats", color, dash=dash, shape="hv"))
-        what = f"{source}, {one['samples']} documents"
+        what = f"{source}, {one['samples']} document{'s' * (one['samples'] != 1)}"
         caption = f"{what}: look for a gap that opens to the right, where text builds on what is far back."
         x, y = {"title": "position in the document (tokens)"}, {"title": "loss (nats per token)"}
         figures.append(_figure(f"loss-{number}", caption, traces, x=x, y=y, height=300))
