@@ -401,6 +401,14 @@ def test_sparsify_with_an_adapter_that_does_not_fit(tmp_path):
     ):
         pass
     assert_unchanged(model, before)
+    save_lora(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "input_layernorm"]  # the first is replaced before the second is refused
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+    artifact = make_artifact(model, weights_kind="lora", weights_path=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"does not fit the model: .*LlamaRMSNorm"), sparsify(model, artifact):
+        pass
+    assert_unchanged(model, before)
 
 
 def test_sparsify_with_an_indexer_that_does_not_fit(tmp_path):

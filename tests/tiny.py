@@ -43,7 +43,7 @@ _EXTRA = {
         "experts_implementation": "eager",
     },
     "gemma3_text": {
-        "query_pre_attn_scalar": HEAD_DIM,
+        "query_pre_attn_scalar": 2 * HEAD_DIM,
         "tie_word_embeddings": False,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", *["full_attention"] * 3],

@@ -133,7 +133,7 @@ _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without activation checkpointing inside the `with` block; modes and gradient flags as before after it."""
+    """Evaluation mode without activation checkpointing inside the `with` block, which is undone after it."""
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     modules = [(m, {name: m.__dict__[name] for name in _FLAGS if name in m.__dict__}) for m in model.modules()]
     model.eval()
@@ -208,11 +208,10 @@ def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
     ValueError when the adapter does not fit the model.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
-    attributes = dict(model.__dict__)
-    sparse = None
     with borrowed(model):
         try:
             try:
@@ -226,12 +225,11 @@ def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
                 raise ValueError(f"The adapter in {str(path)!r} does not fit the model: {reason}. Distil again.") from error
             yield sparse.eval()
         finally:
-            if sparse is not None:
-                sparse.unload()
-            if model.__dict__.get("_require_grads_hooks") is not attributes.get("_require_grads_hooks"):
-                model.disable_input_require_grads()  # PEFT adds hooks where activations are checkpointed
-            model.__dict__.clear()
-            model.__dict__.update(attributes)
+            for parent in list(model.modules()):  # PEFT's own `unload` needs a PEFT model that came to be
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, BaseTunerLayer):
+                        setattr(parent, name, child.get_base_layer())
+            model.__dict__.pop("peft_config", None)
 
 
 @contextmanager

@@ -236,14 +236,9 @@ def _sweep(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or directory, a directory under another name: half of one must never bear the name of the whole."""
+    """Remove a file or directory that may not be there."""
     if path.is_dir() and not path.is_symlink():
-        condemned = path
-        if not path.name.startswith(".tmp-"):
-            condemned = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
-            _remove(condemned)
-            os.replace(path, condemned)
-        shutil.rmtree(condemned)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
