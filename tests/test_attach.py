@@ -356,6 +356,8 @@ def save_lora(directory, **overrides):
 
 def test_sparsify_with_lora_gives_the_model_back(tmp_path):
     path, merged = save_lora(tmp_path / "lora")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": False}))
     model = tiny_model("llama")
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
@@ -369,6 +371,7 @@ def test_sparsify_with_lora_gives_the_model_back(tmp_path):
     with sparsify(model, artifact) as sparse:
         assert sparse is not model
         assert not sparse.training
+        assert not any(p.requires_grad for p in sparse.parameters())
         assert_same(logits(sparse, ids), want)
         assert is_attached(sparse)
     assert_unchanged(model, model_before)

@@ -133,7 +133,7 @@ _FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without activation checkpointing inside the `with` block, which is undone after it."""
+    """Evaluation mode, no activation checkpointing inside the `with` block; modes and gradient flags return after it."""
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     modules = [(m, {name: m.__dict__[name] for name in _FLAGS if name in m.__dict__}) for m in model.modules()]
     model.eval()
