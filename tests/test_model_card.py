@@ -151,6 +151,18 @@ def test_speed_of_one_and_of_several_lengths():
     assert table(several) == table(one)  # a length without its pair compares nothing
 
 
+def test_harness_tasks():
+    result = {"task": "arc_easy", "metric": "acc", "higher_is_better": True, **paired([1.0, 0.0], [1.0, 0.0])}
+    worse = {**result, "metric": "ppl", "higher_is_better": False, **paired([8.0, 8.0], [8.5, 8.5]), "prompts_cut": 1}
+    card = model_card(make_artifact(), {"tasks": {"lm_eval": "0.4.13", "results": [result, worse]}})
+    assert table(card)[2:] == [
+        ["arc\\_easy, acc", "0.5000", "0.5000", r"+0.0000 \[+0.0000, +0.0000\]", "2"],
+        [r"arc\_easy, ppl \(lower is better\), 1 prompts cut", "8.0000", "8.5000", r"+0.5000 \[+0.5000, +0.5000\]", "2"],
+    ]
+    with pytest.raises(ValueError, match=r"'higher_is_better': expected true or false, got '1'"):
+        model_card(make_artifact(), {"tasks": {"results": [{**result, "higher_is_better": 1}]}})
+
+
 def test_text_is_escaped():
     evil = "<img src=x>|`[a](b)*"
     artifact = make_artifact(evil)

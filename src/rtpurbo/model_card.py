@@ -58,6 +58,7 @@ _EVALUATION = {
     "loss?": {"*": _LOSS},
     "index?": _INDEX,
     "speed?": {"dense": [_SPEED], "sparse": [_SPEED]},
+    "tasks?": {"results": [{**_PAIR, "task": str, "metric": str, "higher_is_better": bool, "prompts_cut?": float}]},
     "settings?": {},
     "sources?": [str],
 }
@@ -65,7 +66,7 @@ _CURVE = {**_numbers("step loss learning_rate"), "top1_agreement?": float}
 
 
 def check(value: Any, shape: Any, where: str, advice: str) -> None:
-    """ValueError when parsed JSON does not fit `shape`: float, str, [item], (item, ...) or {key: item}.
+    """ValueError when parsed JSON does not fit `shape`: float, bool, str, [item], (item, ...) or {key: item}.
 
     A key "x?" may be missing, "*" stands for all keys; keys beyond those of the shape are allowed.
     """
@@ -73,6 +74,8 @@ def check(value: Any, shape: Any, where: str, advice: str) -> None:
     if shape is float:
         real = isinstance(value, int | float) and not isinstance(value, bool)
         expected, good = "a finite number", real and math.isfinite(value)
+    elif shape is bool:
+        expected, good = "true or false", isinstance(value, bool)
     elif shape is str:
         expected, good = "text", isinstance(value, str)
     elif isinstance(shape, dict):
@@ -166,6 +169,11 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         rows.append(Row(f"Loss in nats, {what}", f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
         rows.append(Row(f"KL to dense in nats, {what}", _NONE, f"{one['kl']:.4f}", _NONE, count))
         rows.append(Row(f"Same most likely token as dense, {what}", _NONE, f"{one['top1_agreement']:.1%}", _NONE, count))
+    for one in evaluation.get("tasks", {}).get("results", []):
+        name = f"{one['task']}, {one['metric']}{'' if one['higher_is_better'] else ' (lower is better)'}"
+        name += f", {one['prompts_cut']:,} prompts cut" if one.get("prompts_cut") else ""
+        change, count = _signed(one["difference"], 4) + _interval(one, 1, 4), f"{one['samples']:,}"
+        rows.append(Row(name, f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
     for dense, sparse in speed_pairs(evaluation):
         for name, key, text in (
             ("Cache", "cache_bytes", _bytes),
@@ -176,10 +184,8 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
             rows.append(Row(f"{name}, {what}", text(dense[key]), text(sparse[key]), ratio, "1 run"))
     index = evaluation.get("index") or metrics.get("train_indexer")
     if index:
-        what, count = (
-            f"index, {tokens(index['length_tokens'])}",
-            f"{index['documents']:,} document{'s' * (index['documents'] != 1)}",
-        )
+        what = f"index, {tokens(index['length_tokens'])}"
+        count = f"{index['documents']:,} document{'s' * (index['documents'] != 1)}"
         rows.append(Row(f"Attention mass recalled, {what}", _NONE, f"{index['mass_kept']:.1%}", _NONE, count))
         rows.append(Row(f"Far tokens selected per query, {what}", _NONE, f"{index['tokens_selected']:,.0f}", _NONE, count))
     found = metrics.get("calibrate", {}).get("check")
