@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,10 @@ class LayerState:
         )
 
 
-def mask_interface(*args, attention_mask: Tensor | None = None, kv_length: int = 0, local_size: int | None = None, **kw):
+def mask_interface(*, attention_mask: Tensor | None = None, kv_length: int = 0, local_size: int | None = None, **kw):
     """Mask for Transformers' mask registry: [B, N] padding or None for converted layers, SDPA's for sliding ones."""
     if local_size is not None:
-        return sdpa_mask(*args, attention_mask=attention_mask, kv_length=kv_length, local_size=local_size, **kw)
+        return sdpa_mask(attention_mask=attention_mask, kv_length=kv_length, local_size=local_size, **kw)
     if kw.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise ValueError("Packed sequences and custom masks are not supported by a sparse model; pass one document a row.")
     if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
@@ -114,10 +115,8 @@ def sparse_forward(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("A sparse model takes a 2D attention mask [batch, tokens]; custom 4D masks are not supported.")
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    q_pre, k_pre, v = (
-        p(hidden_states).view(shape).transpose(1, 2)
-        for p in (self.q_proj, self.k_proj, self.v_proj)  # type: ignore[operator]
-    )
+    projections: Any = (self.q_proj, self.k_proj, self.v_proj)
+    q_pre, k_pre, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
     if state.qk_norm:
         q_pre, k_pre = self.q_norm(q_pre), self.k_norm(k_pre)  # type: ignore[operator]
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
@@ -213,7 +212,7 @@ def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState,
     length = real.shape[1] if real is not None else kv.first_slot + kv.local_k.shape[2]
     if kv.full_k.shape[1]:
         length = kv.full_k.shape[2]
-    window = {"first_slot": max(0, length - state.config.window_tokens), "sinks": kv.sinks}
+    first_slot = max(0, length - state.config.window_tokens)
     if state.retrieval:
         heads = q[:, state.retrieval, 0].unflatten(1, (-1, state.heads.heads_per_unit))
         result = ops.decode_retrieval(
@@ -232,29 +231,31 @@ def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState,
         out[:, state.retrieval, 0] = result.flatten(1, 2)
     if state.local_kv:
         heads_of = [h for g in state.local_kv for h in state.heads.group(g)]
-        skip = window["first_slot"] - kv.first_slot
+        skip = first_slot - kv.first_slot
         result = ops.decode_window(
             q[:, heads_of, 0].unflatten(1, (-1, state.group_size)),
             kv.local_k[:, :, skip:],
             kv.local_v[:, :, skip:],
             kv.sink_k,
             kv.sink_v,
+            first_slot=first_slot,
+            sinks=kv.sinks,
             scaling=scaling,
             real=real,
-            **window,
         )
         out[:, heads_of, 0] = result.flatten(1, 2)
     for row, local in state.dense_rows.items():
         k, v = kv.full_k[:, row : row + 1], kv.full_v[:, row : row + 1]
         result = ops.decode_window(
             q[:, None, local, 0],
-            k[:, :, window["first_slot"] :],
-            v[:, :, window["first_slot"] :],
+            k[:, :, first_slot:],
+            v[:, :, first_slot:],
             gather_slots(k, kv.sinks),
             gather_slots(v, kv.sinks),
+            first_slot=first_slot,
+            sinks=kv.sinks,
             scaling=scaling,
             real=real,
-            **window,
         )
         out[:, local, 0] = result[:, 0]
     return out

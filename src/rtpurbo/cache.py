@@ -10,6 +10,7 @@ Shapes: B batch, Hkv KV heads, N slots so far, D head dimension, U index units, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -279,7 +280,8 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
         )
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
-    layer, empty = cache.layers[layer_idx], new_layer()
+    layer: Any = cache.layers[layer_idx]
+    empty = new_layer()
     held = layer.get_seq_length()
     if isinstance(layer, SparseLayer) and layer.roles == empty.roles:
         return layer
@@ -300,7 +302,8 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache really holds: allocated keys, values, sinks and index keys of all layers, dense ones too."""
     total = 0
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if isinstance(layer, SparseLayer):
             total += layer.nbytes()
         elif layer.get_seq_length() > 0:

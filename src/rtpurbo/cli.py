@@ -1,20 +1,23 @@
-"""The command line: `rtpurbo COMMAND --help` states every default and unit, out of the settings' own documentation."""
+"""Turn a full-attention language model into a sparse one. `rtpurbo COMMAND --help` states every default and unit."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from .pipeline import ConvertConfig, say
 
+T = TypeVar("T")
 Sources = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
@@ -79,16 +82,20 @@ class Convert(Common, ConvertConfig):
         return _print_result(output)
 
 
-def _seeded(command: Any) -> ConvertConfig:
-    """The ConvertConfig part of a command, with the command's seed in every stage."""
-    values = {f.name: getattr(command, f.name) for f in dataclasses.fields(ConvertConfig)}
-    for name in ("calibrate", "indexer", "distill", "evaluate"):
-        values[name] = dataclasses.replace(values[name], seed=command.seed)
-    return ConvertConfig(**values)
+def _part(command: Any, config: type[T]) -> T:
+    """The settings of dataclass `config` out of a command that inherits them."""
+    return config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(config)})  # type: ignore[arg-type]
+
+
+def _seeded(command: Convert) -> ConvertConfig:
+    """The command's ConvertConfig, with its seed in every stage."""
+    stages = ("calibrate", "indexer", "distill", "evaluate")
+    parts = {name: dataclasses.replace(getattr(command, name), seed=command.seed) for name in stages}
+    return dataclasses.replace(_part(command, ConvertConfig), **parts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(Common):
+class Calibrate(Common, CalibrateConfig):
     """Find a model's retrieval heads; the artefact works at once, with dense retrieval heads."""
 
     model: tyro.conf.Positional[str]
@@ -103,8 +110,6 @@ class Calibrate(Common):
     """Dimensions of the index to be trained later."""
     top_p: float = 0.9
     """Index attention mass that a selection must reach later, in (0, 1]."""
-    options: tyro.conf.OmitArgPrefixes[CalibrateConfig] = field(default_factory=CalibrateConfig)
-    """Calibration."""
 
     def run(self) -> Any:
         """Calibrate, save, print the map."""
@@ -120,8 +125,8 @@ class Calibrate(Common):
         )
         model, tokenizer = self.load(self.model)
         sparse = shape.sparse(context=context_tokens(model))
-        options = dataclasses.replace(self.options, seed=self.seed)
-        artifact = calibrate(model, tokenizer, self.sources, options, sparse, model_name=self.model)
+        settings = _part(self, CalibrateConfig)
+        artifact = calibrate(model, tokenizer, self.sources, settings, sparse, model_name=self.model)
         save_stage(output, "calibrate", artifact, self.sources)
         metrics = artifact.stages["calibrate"]["metrics"]
         _out(str(artifact.heads))
@@ -132,42 +137,38 @@ class Calibrate(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainIndexer(Common):
+class TrainIndexer(Common, IndexerConfig):
     """Stage 1: train the index of a calibrated artefact."""
 
     artifact: tyro.conf.Positional[Path]
     """Directory of the artefact; the result goes there unless --output says otherwise."""
     sources: Sources = TRAINING
     """Training text."""
-    options: tyro.conf.OmitArgPrefixes[IndexerConfig] = field(default_factory=IndexerConfig)
-    """Training."""
 
     def run(self) -> Any:
         """Train, save, print the means."""
         from .indexer_training import train_indexer
 
-        return _run_stage(self, "train_indexer", train_indexer, "distill")
+        return _run_stage(self, "train_indexer", train_indexer, IndexerConfig, "distill")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Common):
+class Distill(Common, DistillConfig):
     """Stage 2: distil an artefact that has an index."""
 
     artifact: tyro.conf.Positional[Path]
     """Directory of the artefact; the result goes there unless --output says otherwise."""
     sources: Sources = TRAINING
     """Training text."""
-    options: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
-    """Training."""
 
     def run(self) -> Any:
         """Train, save, print the losses."""
         from .distillation import distill
 
-        return _run_stage(self, "distill", distill, "eval")
+        return _run_stage(self, "distill", distill, DistillConfig, "eval")
 
 
-def _run_stage(command: Any, name: str, function: Any, following: str) -> dict[str, Any]:
+def _run_stage(command: Any, name: str, function: Any, config: type, following: str) -> dict[str, Any]:
     from .checkpoint import WORK_DIR, Artifact, check_output
     from .pipeline import save_stage
 
@@ -175,12 +176,10 @@ def _run_stage(command: Any, name: str, function: Any, following: str) -> dict[s
     check_output(output)
     artifact = Artifact.load(command.artifact)
     model, tokenizer = command.load_base(artifact)
-    options = dataclasses.replace(command.options, seed=command.seed)
+    options = _part(command, config)
     work = output / WORK_DIR / name
     artifact = function(model, tokenizer, artifact, command.sources, options, work=work)
     save_stage(output, name, artifact, command.sources)
-    import shutil
-
     shutil.rmtree(output / WORK_DIR, ignore_errors=True)
     metrics = artifact.stages[name]["metrics"]
     for key, value in metrics.items():
@@ -191,30 +190,26 @@ def _run_stage(command: Any, name: str, function: Any, following: str) -> dict[s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Common):
+class Eval(Common, EvalConfig):
     """Compare dense and sparse on the same samples: needles, loss, fidelity, speed, harness tasks."""
 
     artifact: tyro.conf.Positional[str]
     """Directory or hub name of the artefact; results go to its eval.json unless --output says otherwise."""
     sources: Sources = HELDOUT
     """Held-out text for haystacks and loss."""
-    options: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
-    """What to measure."""
 
     def run(self) -> Any:
         """Evaluate, save, print the table."""
-        from .checkpoint import find_artifact
+        from .checkpoint import Artifact, find_artifact
         from .pipeline import EVAL_FILE, verify
 
         path = find_artifact(self.artifact)
-        from .checkpoint import Artifact
-
         artifact = Artifact.load(path)
         model, tokenizer = self.load_base(artifact)
         output = self.output or path
         output.mkdir(parents=True, exist_ok=True)
-        options = dataclasses.replace(self.options, seed=self.seed)
-        result = verify(model, tokenizer, artifact, output, self.sources, options)
+        settings = _part(self, EvalConfig)
+        result = verify(model, tokenizer, artifact, output, self.sources, settings)
         _table(artifact, result)
         _out(f"Saved to {output / EVAL_FILE}")
         return result
@@ -429,7 +424,7 @@ class Demo(Common):
         return _print_result(path)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "calibrate": Calibrate,
     "train-indexer": TrainIndexer,
     "distill": Distill,
@@ -502,8 +497,9 @@ def summary_rows(artifact: Any, result: dict[str, Any]) -> list[tuple[str, str, 
     if "speed" in result:
         dense, sparse = result["speed"]["dense"], result["speed"]["sparse"]
         at = f"at {dense['length_tokens']:.0f} tokens"
-        rows.append((f"KV cache {at}", "1", *(f"{x['cache_bytes'] / 2**20:.1f} MiB" for x in (dense, sparse))))
-        rows.append((f"decode {at}", "1", *(f"{x['decode_tokens_per_second']:.1f} tok/s" for x in (dense, sparse))))
+        held, rate = ([x[key] for x in (dense, sparse)] for key in ("cache_bytes", "decode_tokens_per_second"))
+        rows.append((f"KV cache {at}", "1", f"{held[0] / 2**20:.1f} MiB", f"{held[1] / 2**20:.1f} MiB"))
+        rows.append((f"decode {at}", "1", f"{rate[0]:.1f} tok/s", f"{rate[1]:.1f} tok/s"))
     return rows
 
 
@@ -512,6 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="rtpurbo", description=__doc__)
         result = command.run()

@@ -290,7 +290,9 @@ def retrieval_sample(
     )
 
 
-def repeated_span(document: Tensor, other: Tensor, *, span_tokens: int, latest: int, rng: random.Random) -> tuple[Tensor, int]:
+def repeated_span(
+    document: Tensor, other: Tensor, *, span_tokens: int, latest: int, rng: random.Random
+) -> tuple[Tensor, int]:
     """Put the same random span near the start and at the end of a document: (tokens [length], start of the early one).
 
     Args:

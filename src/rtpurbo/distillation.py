@@ -2,8 +2,9 @@
 
 1. Documents as long as the context, a share of them with synthetic retrieval questions near their end.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
-3. Labels: random positions beyond the first window and every synthetic answer (few, so with a weight of their own). Loss: KL between teacher and student over the
-   teacher's top-10 tokens, the rest of the vocabulary being one more class, so that no mass leaks out of the ten.
+3. Labels: random positions beyond the first window and every synthetic answer (few, so with a weight of their own).
+   Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
+   so that no mass leaks out of the ten.
 4. No gradient flows through the selection; the index stays as stage 1 left it.
 """
 

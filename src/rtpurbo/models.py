@@ -117,7 +117,7 @@ def load_model(
         raise ValueError(
             f"Model {name!r} has no tokenizer that Transformers can load; add tokenizer.json and tokenizer_config.json."
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def model_identity(name: str, revision: str | None = None) -> dict[str, str | None]:

@@ -221,9 +221,12 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     probe = torch.zeros(1, min(512, context), dtype=torch.long, device=model.device)
     with torch.no_grad():
         model(probe, logits_to_keep=1)
-        begin = time.perf_counter()
-        float(model(probe, logits_to_keep=1).logits.sum())
-        per_token = (time.perf_counter() - begin) / probe.shape[1]
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            float(model(probe, logits_to_keep=1).logits.sum())
+            times.append(time.perf_counter() - begin)
+    per_token = min(times) / probe.shape[1]
     layers, query_heads, kv_heads, head_dim = head_counts(model)
     text_config = model.config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..attach import attached, gives_back, paused
+from ..attach import adapted, attached, gives_back, paused
 from ..checkpoint import Artifact, check_fingerprint
 from ..config import EvalConfig
 from ..data import documents
@@ -25,37 +25,32 @@ HAYSTACKS = 100
 @contextmanager
 def both(model: Any, artifact: Artifact) -> Iterator[Any]:
     """`switch(name)`: a context manager that gives the "dense" or the "sparse" model, sharing weights where possible."""
-    sparse, lora = model, artifact.weights_kind == "lora"
-    if artifact.weights_kind == "full":
-        from ..models import load_model
-
-        dtype = str(model.dtype).removeprefix("torch.")
-        sparse, _ = load_model(str(artifact.weights_path), dtype=dtype, device=str(model.device))
-    elif lora:
-        from peft import PeftModel
-
-        sparse = PeftModel.from_pretrained(model, str(artifact.weights_path)).eval()
+    kind, path = artifact.weights_kind, artifact.weights_path
 
     @contextmanager
     def switch(name: str) -> Iterator[Any]:
         if name == "sparse":
             yield sparse
-        elif artifact.weights_kind == "full":
+        elif kind == "full":
             yield model
-        elif lora:
+        elif kind == "lora":
             with sparse.disable_adapter(), paused(sparse):
                 yield sparse
         else:
             with paused(model):
                 yield model
 
-    try:
-        with attached(sparse, artifact.heads, artifact.config, artifact.indexer):
-            yield switch
-    finally:
-        if lora:
-            sparse.unload()
-            model.__dict__.pop("peft_config", None)
+    with ExitStack() as stack:
+        sparse = model
+        if kind == "full":
+            from ..models import load_model
+
+            sparse, _ = load_model(str(path), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+        elif kind == "lora":
+            assert path is not None
+            sparse = stack.enter_context(adapted(model, path))
+        stack.enter_context(attached(sparse, artifact.heads, artifact.config, artifact.indexer))
+        yield switch
 
 
 @gives_back
@@ -98,7 +93,8 @@ def evaluate(
                     [source], tokenizer, length_tokens=loss_length, count=config.loss_documents, seed=config.seed
                 )
                 found = compare_documents(texts, switch)
-                result["loss"][source] = {**found, **paired(found.pop("loss_dense"), found.pop("loss_sparse"))}
+                pair = paired(found.pop("loss_dense"), found.pop("loss_sparse"), seed=config.seed)
+                result["loss"][source] = {**found, **pair}
         texts = documents(
             sources, tokenizer, length_tokens=longest, count=max(1, config.fidelity_documents), seed=config.seed + 7
         )
