@@ -38,7 +38,7 @@ def read_source(source: str) -> list[str]:
         texts = _installed_texts(heldout=source.endswith(":heldout"), docs=source.startswith("installed-docs"))
     else:
         texts = _file_or_dataset_texts(source)
-    texts = [t for t in texts if t.strip()]
+    texts = [t for t in texts if isinstance(t, str) and t.strip()]
     if not texts:
         raise ValueError(f"Source {source!r} holds no text; expected a file, directory or dataset with a field 'text'.")
     return texts
@@ -47,11 +47,11 @@ def read_source(source: str) -> list[str]:
 def _file_or_dataset_texts(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
-        return [p.read_text(errors="ignore") for p in files]
+        return [_read(p) for p in sorted(path.rglob("*")) if p.suffix in _TEXT_SUFFIXES and p.is_file()]
     if path.is_file() and path.suffix in _TEXT_SUFFIXES:
-        return [path.read_text(errors="ignore")]
+        return [_read(path)]
     import datasets
+    from pyarrow import ArrowInvalid
 
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     try:
@@ -67,20 +67,27 @@ def _file_or_dataset_texts(source: str) -> list[str]:
         else:
             repository, _, config = source.partition(":")
             rows = datasets.load_dataset(repository, config or None, split="train")
-    except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, RuntimeError, ArrowInvalid, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"Source {source!r} could not be read: {reason}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"Source {source!r} has no field 'text'; its fields: {', '.join(rows.column_names)}.")
     return list(rows["text"])
 
 
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="ignore")
+
+
 def _directory_texts(root: Path, *, docs: bool = False) -> Iterator[str]:
     """The .py files of every directory below `root` joined, or only their docstrings."""
-    for folder in sorted({p.parent for p in root.rglob("*.py")}):
+    folders: dict[Path, list[Path]] = {}
+    for file in sorted(p for p in root.rglob("*.py") if p.is_file()):
+        folders.setdefault(file.parent, []).append(file)
+    for folder in sorted(folders):
         text = ""
-        for file in sorted(folder.glob("*.py")):
-            content = file.read_text(errors="ignore")
+        for file in folders[folder]:
+            content = _read(file)
             if docs:
                 long = (inspect.cleandoc(d) for d in _DOCSTRING.findall(content) if len(d) > _SHORTEST_DOCSTRING)
                 text += "".join(f"{d}\n\n" for d in long)
@@ -94,10 +101,17 @@ def _directory_texts(root: Path, *, docs: bool = False) -> Iterator[str]:
 
 
 def _package_texts(name: str) -> list[str]:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
         raise ValueError(f"Package {name!r} is not installed; install it or name another source.")
-    return list(_directory_texts(Path(spec.origin).parent))
+    if spec.submodule_search_locations is not None:
+        return [text for folder in spec.submodule_search_locations for text in _directory_texts(Path(folder))]
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        raise ValueError(f"Module {name!r} has no Python source; name another source.")
+    return [_read(Path(spec.origin))]
 
 
 def _installed_texts(*, heldout: bool, docs: bool) -> list[str]:
@@ -115,8 +129,10 @@ def documents(
     Long texts give random spans, short ones are joined. The same arguments always give the same documents.
 
     Raises:
-        ValueError: the sources hold too little text.
+        ValueError: no source, or too little text in one.
     """
+    if not sources:
+        raise ValueError("No source of text was named; expected at least one.")
     prefix = tokenizer("").input_ids
     shares = [count // len(sources) + (i < count % len(sources)) for i in range(len(sources))]
     parts = [
@@ -298,6 +314,9 @@ def repeated_span(
     Args:
         other: a document whose shuffled tokens make the span; latest: last position where the early span may start.
     """
+    if len(document) < 2 * span_tokens + 8:
+        raise ValueError(f"A document of {len(document)} tokens is too short to repeat {span_tokens} of them.")
+    latest = min(latest, len(document) - 2 * span_tokens)
     start = rng.randrange(len(other) - span_tokens)
     span = other[start : start + span_tokens][torch.tensor(rng.sample(range(span_tokens), span_tokens))]
     early = rng.randrange(4, max(5, latest))
@@ -312,7 +331,7 @@ KNOWN_TOKENS = 4
 
 
 def check_room(length: int, tokenizer: Any) -> None:
-    """ValueError when documents of `length` tokens are too short for the questions of `mixed_document`."""
+    """ValueError when documents of `length` tokens are too short for `mixed_document`."""
     for i, template in enumerate(TRAINING_TEMPLATES * 4):
         document = torch.zeros(length, dtype=torch.long)
         retrieval_sample(document, tokenizer, kind="multi_query", depth=0.5, seed=str(i), template=template)

@@ -105,7 +105,7 @@ def _load(tokenizer: Any, config: EvalConfig) -> dict[str, Any]:
         except ImportError as error:
             raise ValueError(f"A task needs a package that is missing: {error}. Run `pip install rtpurbo[eval]`.") from error
         except (OSError, DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"The data of {', '.join(config.tasks)} could not be read: {reason}") from error
         finally:
             random.setstate(before)
