@@ -345,11 +345,11 @@ def test_finished_stage_without_its_metrics_file(tmp_path):
 def test_evaluation_of_an_earlier_state_is_called_so(tmp_path):
     folder = save_full(tmp_path / "a")
     evaluation = json.loads((folder / "eval.json").read_text())
-    settings = {name: stage["settings"] for name, stage in Artifact.load(folder).stages.items()}
-    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": settings}))
+    now = Artifact.load(folder)
+    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": now.digest()}))
     assert "earlier state" not in Page(write_report(folder)).text
-    del settings["distill"]
-    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": settings}))
+    before = dataclasses.replace(now, weights_kind=None, weights_path=None)
+    (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": before.digest()}))
     assert "earlier state of this artefact: rtpurbo eval measures it" in Page(write_report(folder)).text
 
 

@@ -73,7 +73,8 @@ def calibrate(
         An artefact with the head map; usable at once (dense retrieval heads + window).
 
     Raises:
-        ValueError: unsupported model, a length beyond its context or not longer than window + sinks, too little text.
+        ValueError: unsupported model, a length beyond its context or not longer than window + sinks, too little text, or
+            a model that cannot copy, with scoring="needle".
     """
     config = config or CalibrateConfig()
     context = context_tokens(model)
@@ -94,6 +95,11 @@ def calibrate(
     notes = []
     if not usable:
         notes.append("The model itself cannot copy a repeated span at any of these lengths; ordinary text alone decided.")
+        if config.scoring == "needle":
+            raise ValueError(
+                f"The model cannot copy a repeated span at {', '.join(map(str, lengths))} tokens, which is all that "
+                "scoring='needle' looks at; use scoring='effect' or other lengths."
+            )
     chosen_from = [s for s in scores if s.length_tokens in usable] or [s for s in scores if s.kind == "text"]
 
     def choose(some: list[DocumentScore]) -> tuple[HeadMap, Tensor]:

@@ -159,8 +159,26 @@ class Artifact:
         stage = {"settings": dataclasses.asdict(settings), "metrics": metrics}
         return dataclasses.replace(self, stages={**self.stages, name: stage}, **changes)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload to a hub repository, with a model card that shows the measured table; returns its address."""
+    def digest(self) -> str:
+        """Hash of what the sparse model computes: base weights, settings, head map, index and distilled weights."""
+        index = hashlib.sha256(_tensor_bytes(self.indexer)).hexdigest() if self.indexer is not None else None
+        weights = _directory_digest(self.weights_path) if self.weights_path is not None else None
+        parts = [self.base_model["fingerprint"], dataclasses.asdict(self.config), self.heads.to_dict(), index, weights]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        evaluation: dict[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload to a hub repository, with a model card that shows the measured table; returns its address.
+
+        Args:
+            evaluation: what `evaluate` returned, for the table.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -171,7 +189,8 @@ class Artifact:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            (Path(folder) / "README.md").write_text(model_card(self))
+            card = model_card(self, evaluation)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RTPurbo artefact")
         return str(url)
 

@@ -176,9 +176,9 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     check_output(output)
     artifact = Artifact.load(command.artifact)
     model, tokenizer = command.load_base(artifact)
-    options = _part(command, config)
+    settings: Any = _part(command, config)
     work = output / WORK_DIR / name
-    artifact = function(model, tokenizer, artifact, command.sources, options, work=work)
+    artifact = function(model, tokenizer, artifact, command.sources, settings, work=work)
     save_stage(output, name, artifact, command.sources)
     shutil.rmtree(output / WORK_DIR, ignore_errors=True)
     metrics = artifact.stages[name]["metrics"]
@@ -210,7 +210,7 @@ class Eval(Common, EvalConfig):
         output.mkdir(parents=True, exist_ok=True)
         settings = _part(self, EvalConfig)
         result = verify(model, tokenizer, artifact, output, self.sources, settings)
-        _table(artifact, result)
+        _table(artifact, output)
         _out(f"Saved to {output / EVAL_FILE}")
         return result
 
@@ -463,44 +463,25 @@ def _print_result(path: Path) -> dict[str, Any]:
 
     artifact = Artifact.load(path)
     result = json.loads((path / EVAL_FILE).read_text())
-    _table(artifact, result)
+    _table(artifact, path)
     _out(f"Artefact: {path}   Report: {path / 'report.html'}")
     return result
 
 
-def _table(artifact: Any, result: dict[str, Any]) -> None:
+def _table(artifact: Any, path: Path) -> None:
+    """Print everything that was measured of an artefact, from the eval.json in `path`."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{artifact.base_model['name']}: dense | sparse (window {artifact.config.window_tokens} tokens)")
-    for column in ("measure", "samples", "dense", "sparse"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
-    for row in summary_rows(artifact, result):
+    from .model_card import HEADER, measured_rows, read_evaluation
+
+    window = artifact.config.window_tokens
+    table = Table(title=f"{artifact.base_model['name']}, window of {window} tokens, p = {artifact.config.top_p}")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column == HEADER[0] else "right")
+    for row in measured_rows(artifact, read_evaluation(path)):
         table.add_row(*row)
-    Console(width=100 if not sys.stdout.isatty() else None).print(table)
-
-
-def summary_rows(artifact: Any, result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The table's rows as text: measure, samples, dense, sparse."""
-    rows = []
-    for cell in result.get("needle", []):
-        name = f"needle {cell['kind'].replace('_', '-')}, {cell['length_tokens']} tokens"
-        rows.append((name, str(cell["samples"]), f"{cell['dense']:.0%}", f"{cell['sparse']:.0%}"))
-    for source, cell in result.get("loss", {}).items():
-        name = f"held-out loss, {Path(source).name}"
-        rows.append((name, f"{cell['samples']} documents", f"{cell['dense']:.4f}", f"{cell['sparse']:.4f}"))
-    if "index" in result:
-        index = result["index"]
-        count = f"{index['documents']} documents"
-        rows.append(("attention mass kept", count, "100 %", f"{index['mass_kept']:.1%}"))
-        rows.append(("far tokens selected", count, "100 %", f"{index['far_selected_ratio']:.1%}"))
-    if "speed" in result:
-        dense, sparse = result["speed"]["dense"], result["speed"]["sparse"]
-        at = f"at {dense['length_tokens']:.0f} tokens"
-        held, rate = ([x[key] for x in (dense, sparse)] for key in ("cache_bytes", "decode_tokens_per_second"))
-        rows.append((f"KV cache {at}", "1", f"{held[0] / 2**20:.1f} MiB", f"{held[1] / 2**20:.1f} MiB"))
-        rows.append((f"decode {at}", "1", f"{rate[0]:.1f} tok/s", f"{rate[1]:.1f} tok/s"))
-    return rows
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -295,7 +295,7 @@ def train_indexer(
         mass_target=config.mass_target,
     )
     sparse = replace(sparse, top_p=metrics["top_p"])
-    metrics["loss_first"], metrics["loss_last"] = ((history[0]["loss"], history[-1]["loss"]) if history else (None, None))
+    metrics["loss_first"], metrics["loss_last"] = (history[0]["loss"], history[-1]["loss"]) if history else (None, None)
     return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer), config=sparse)
 
 

@@ -187,7 +187,8 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         what = f"index, {tokens(index['length_tokens'])}"
         count = f"{index['documents']:,} document{'s' * (index['documents'] != 1)}"
         rows.append(Row(f"Attention mass recalled, {what}", _NONE, f"{index['mass_kept']:.1%}", _NONE, count))
-        rows.append(Row(f"Far tokens selected per query, {what}", _NONE, f"{index['tokens_selected']:,.0f}", _NONE, count))
+        share = f"{index['tokens_selected']:,.0f} ({index['far_selected_ratio']:.1%})"
+        rows.append(Row(f"Far tokens selected per query, {what}", _NONE, share, _NONE, count))
     found = metrics.get("calibrate", {}).get("check")
     if found:
         pair = {**found, "sparse": found["chosen_heads"], "difference": found["chosen_heads"] - found["dense"]}
@@ -236,8 +237,7 @@ def gaps(artifact: Artifact, evaluation: dict[str, Any]) -> list[str]:
     """What is missing or out of date, with the command that adds it."""
     missing = [name for name in STAGES if not (evaluation if name == "eval" else name in artifact.stages)]
     found = [f"{STAGES[name]} has not been run: `rtpurbo {name.replace('_', '-')}` adds it." for name in missing]
-    settings = {name: stage["settings"] for name, stage in artifact.stages.items()}
-    if evaluation.get("artifact", settings) != settings:
+    if evaluation.get("artifact", artifact.digest()) != artifact.digest():
         found.append("The evaluation is of an earlier state of this artefact: `rtpurbo eval` measures it as it is now.")
     return found
 

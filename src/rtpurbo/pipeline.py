@@ -190,7 +190,7 @@ def verify(
     from .evals import evaluate
 
     wanted = json.loads(json.dumps({"settings": dataclasses.asdict(config), "sources": list(heldout)}))
-    of = json.loads(json.dumps({name: stage["settings"] for name, stage in artifact.stages.items()}))
+    of = artifact.digest()
     file = path / EVAL_FILE
     if file.is_file():
         found = json.loads(file.read_text())

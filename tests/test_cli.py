@@ -1,0 +1,241 @@
+"""The command line: every command on a tiny model, its frozen surface, and one sentence for every bad input."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from rtpurbo import cli
+from rtpurbo.checkpoint import CONFIG_FILE, Artifact
+from rtpurbo.pipeline import convert
+from test_pipeline import SMALL
+from tiny_text import random_model, text_source, word_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SURFACE = json.loads((Path(__file__).parent / "cli_surface.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    with text_source(tmp_path_factory.mktemp("text")) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    random_model().save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, model_dir, source):
+    path = tmp_path_factory.mktemp("converted") / "out"
+    convert(
+        random_model(),
+        word_tokenizer(),
+        path,
+        sources=[source],
+        heldout=[source],
+        config=SMALL,
+        model_name=str(model_dir),
+    )
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    return code, out.getvalue(), err.getvalue()
+
+
+def fails(*arguments: object) -> str:
+    """The one sentence that a failing command leaves."""
+    code, out, err = run(*arguments)
+    assert code != 0, (out, err)
+    assert "Traceback" not in err + out
+    last = [line for line in err.splitlines() if line.startswith("rtpurbo: error: ")]
+    return last[-1].removeprefix("rtpurbo: error: ") if last else " ".join((out + err).split())
+
+
+def flags(command: str) -> list[str]:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*[a-z0-9]", out)))
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_surface_is_frozen(command):
+    assert flags(command) == SURFACE[command]
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_takes_output_seed_and_json(command):
+    assert {"--output", "--seed", "--json"} <= set(SURFACE[command])
+
+
+def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, converted):
+    code, out, err = run("info", converted, "--json", tmp_path / "info.json")
+    assert code == 0, err
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert info["stages"] == ["calibrate", "distill", "train_indexer"]
+    assert info["sparse_cache_bytes_per_far_token"] < info["dense_cache_bytes_per_token"]
+    assert "retrieval heads" in out
+    code, out, err = run(
+        "eval", converted, "--sources", source, "--lengths-tokens", 192, "--samples", 1, "--kinds", "single",
+        "--loss-documents", 1, "--fidelity-documents", 1, "--decode-tokens", 2, "--json", tmp_path / "eval.json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "single needle, 192 tokens" in out
+    assert json.loads((tmp_path / "eval.json").read_text())["needle"][0]["samples"] == 1
+    code, out, err = run("report", converted, "--output", tmp_path / "report.html")
+    assert code == 0, err
+    assert (tmp_path / "report.html").is_file()
+    (tmp_path / "book.txt").write_text("a book about all and any city")
+    common = ("generate", converted, "--prompt-file", tmp_path / "book.txt", "--prompt", "what", "--max-new-tokens", 3)
+    code, out, err = run(*common, "--json", tmp_path / "reply.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "reply.json").read_text())["new_tokens"] <= 3
+    assert run(*common, "--dense")[0] == 0
+    assert run(*common, "--temperature", "0.7", "--seed", 3)[1] == run(*common, "--temperature", "0.7", "--seed", 3)[1]
+    code, out, err = run("bench", converted, "--sources", source, "--lengths-tokens", 96, 160, "--new-tokens", 2)
+    assert code == 0, err
+    assert len(re.findall(r"tokens/s ", out)) >= 2
+
+
+def test_the_stages_one_by_one(tmp_path, model_dir, source):
+    out = tmp_path / "out"
+    code, text, err = run(
+        "calibrate", model_dir, "-o", out, "--sources", source, "--window-tokens", 32, "--index-dim", 4,
+        "--lengths-tokens", 160, "--documents", 3, "--needle-tokens", 8, "--check-samples", 0,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "retrieval heads" in text
+    assert Artifact.load(out).indexer is None
+    common = ("--sources", source, "--length-tokens", 160, "--steps", 2)
+    code, text, err = run("train-indexer", out, *common, "--documents", 2, "--queries", 8)
+    assert code == 0, err
+    code, text, err = run("distill", out, *common, "--labels", 8, "--lora-rank", 2)
+    assert code == 0, err
+    assert Artifact.load(out).weights_kind == "lora"
+
+
+def test_convert_dry_run_writes_nothing(tmp_path, model_dir, source):
+    code, out, err = run("convert", model_dir, "-o", tmp_path / "out", "--dry-run", "--indexer.documents", 2)
+    assert code == 0, err
+    assert "memory" in out
+    assert "disk" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor():
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "self_test_passed" in out
+
+
+def test_missing_and_unknown_models(tmp_path):
+    assert "does not exist; expected a hub name, a local directory or a GGUF file" in fails(
+        "convert", "./no-such-model", "-o", tmp_path / "out"
+    )
+    assert "could not be found or read" in fails("convert", "nobody/nothing", "-o", tmp_path / "out")
+    assert "has no config.json" in fails("convert", tmp_path, "-o", tmp_path / "out")
+    assert "expected a GGUF file" in fails("convert", tmp_path / "a.gguf", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_architecture_and_missing_tokenizer(tmp_path):
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    message = fails("convert", tmp_path / "gpt", "-o", tmp_path / "out")
+    assert "'gpt2' is not supported" in message
+    assert "qwen3" in message
+    random_model().save_pretrained(tmp_path / "bare")
+    assert "has no tokenizer" in fails("convert", tmp_path / "bare", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
+        (["--calibrate.retrieval-ratio", "0"], "retrieval_ratio must be in (0, 1], got 0.0"),
+        (["--window-tokens", "-3"], "window_tokens must be at least 1 token"),
+        (["--index-dim", "64"], "index_dim must be at most the head dimension"),
+        (["--calibrate.lengths-tokens", "20"], "not longer than window + sinks"),
+        (["--calibrate.lengths-tokens", "9999"], "beyond the model's context of 512"),
+        (["--sources", "nowhere.txt"], "does not exist or has an unknown type"),
+        (["--unknown-option", "1"], "Unrecognized options: --unknown-option"),
+    ],
+)
+def test_bad_settings(tmp_path, model_dir, source, arguments, message):
+    given = ["--sources", source, "--window-tokens", "32", *arguments]
+    assert message in fails("convert", model_dir, "-o", tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_artefacts_that_cannot_be_used(tmp_path, model_dir, source, converted):
+    assert "is not an artefact" in fails("info", tmp_path)
+    assert "holds other files" in fails("convert", model_dir, "-o", model_dir)
+    raw = json.loads((converted / CONFIG_FILE).read_text())
+
+    def variant(name, **changes):
+        (tmp_path / name).mkdir()
+        for file in converted.glob("rtpurbo_indexer.*"):
+            save_file(load_file(file), tmp_path / name / file.name)
+        (tmp_path / name / CONFIG_FILE).write_text(json.dumps({**raw, "weights": None, **changes}))
+        return tmp_path / name
+
+    assert "Upgrade rtpurbo" in fails("info", variant("newer", format_version=99))
+    assert "Unknown key 'extra'" in fails("info", variant("extra", extra=1))
+    other = {**raw["base_model"], "fingerprint": "0" * 64}
+    assert "made for other weights" in fails("generate", variant("other", base_model=other), "--prompt", "a")
+    cut = variant("cut")
+    file = next(cut.glob("rtpurbo_indexer.*"))
+    file.write_bytes(file.read_bytes()[:100])
+    assert "is damaged" in fails("info", cut)
+
+
+def test_prompts_that_cannot_be_used(tmp_path, converted):
+    assert "give --prompt or --prompt-file" in fails("generate", converted)
+    assert "does not exist; expected a text file" in fails("generate", converted, "--prompt-file", tmp_path / "no.txt")
+    long = "city " * 600
+    assert "beyond the model's context of 512" in fails("generate", converted, "--prompt", long)
+
+
+def test_readme_commands(tmp_path, monkeypatch, model_dir, source, converted):
+    """Every command and the Python of the README run, a tiny model and artefact standing in for those it names."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    commands = [line.split("#")[0].strip() for line in lines if "rtpurbo " in line]
+    assert any(" convert " in c for c in commands)
+    assert any(" generate " in c for c in commands)
+    (tmp_path / "book.txt").write_text("a letter from the city")
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = re.findall(r'"[^"]*"|\S+', command)[1:]
+        stand_in = {"Qwen/Qwen3-8B": str(model_dir), "out/": str(converted)}
+        words = [stand_in.get(w, w.strip('"')) for w in words]
+        if words[0] == "convert":
+            words[words.index("-o") + 1] = str(tmp_path / "out")
+            words += ["--dry-run"]
+        if words[0] == "generate":
+            words += ["--max-new-tokens", "2"]
+        code, _, err = run(*words)
+        assert code == 0, (command, err)
+    python = re.search(r"```python\n(.*?)```", text, re.S).group(1).replace('"out/"', repr(str(converted)))
+    exec(compile(python, "README.md", "exec"), {"dense_model": random_model()})
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(lines), re.M):
+        assert f"\n{target}:" in makefile

@@ -1,0 +1,144 @@
+"""The whole conversion: stages kept, stages run again, runs that are killed, and what a run will take."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from rtpurbo.checkpoint import CONFIG_FILE, WORK_DIR, Artifact
+from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
+from rtpurbo.pipeline import ConvertConfig, convert, estimate, finished_stage
+from tiny_text import random_model, text_source, word_tokenizer
+
+SMALL = ConvertConfig(
+    window_tokens=32,
+    index_dim=4,
+    calibrate=CalibrateConfig(
+        lengths_tokens=(160,), documents=3, needle_tokens=8, check_samples=1, retrieval_ratio=0.3, granularity="group"
+    ),
+    indexer=IndexerConfig(steps=4, length_tokens=160, documents=3, queries=8, save_every=1, learning_rate=1e-2),
+    distill=DistillConfig(steps=3, length_tokens=160, labels=16, lora_rank=2, save_every=1),
+    evaluate=EvalConfig(
+        lengths_tokens=(192,), samples=(1,), kinds=("single",), loss_documents=1, fidelity_documents=1, decode_tokens=2
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    with text_source(tmp_path_factory.mktemp("text")) as name:
+        yield name
+
+
+def run(output, source, config=SMALL, model=None):
+    return convert(
+        model or random_model(),
+        word_tokenizer(),
+        output,
+        sources=[source],
+        heldout=[source],
+        config=config,
+        model_name="tiny",
+    )
+
+
+def content(path):
+    """Everything that a run leaves behind and that must not depend on how it got there."""
+    artifact = Artifact.load(path)
+    weights = {f.name: f.read_bytes() for f in artifact.weights_path.glob("*.safetensors")}
+    indexer = {name: t.tolist() for name, t in artifact.indexer.items()}
+    return json.loads((path / CONFIG_FILE).read_text()), indexer, weights
+
+
+def test_a_second_run_finds_its_stages(tmp_path, source, capsys):
+    run(tmp_path / "out", source)
+    first = content(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1e6
+    assert not (tmp_path / "out" / WORK_DIR).exists()
+    assert {p.name for p in (tmp_path / "out" / "metrics").iterdir()} == {"train_indexer.jsonl", "distill.jsonl"}
+    capsys.readouterr()
+    run(tmp_path / "out", source)
+    said = capsys.readouterr().err
+    for stage in ("calibrate", "train_indexer", "distill", "evaluate"):
+        assert f"{stage}: finished before, kept" in said
+    assert "running" not in said
+    assert content(tmp_path / "out") == first
+
+
+def test_a_changed_stage_and_those_after_it_run_again(tmp_path, source, capsys):
+    run(tmp_path / "out", source)
+    changed = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=2))
+    capsys.readouterr()
+    run(tmp_path / "out", source, changed)
+    said = capsys.readouterr().err
+    assert "train_indexer: finished before, kept" in said
+    assert "distill: running" in said
+    assert "evaluate: running" in said
+    run(tmp_path / "fresh", source, changed)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    changed = dataclasses.replace(changed, window_tokens=24)
+    capsys.readouterr()
+    run(tmp_path / "out", source, changed)
+    assert capsys.readouterr().err.count("running") == 4
+    assert Artifact.load(tmp_path / "out").config.window_tokens == 24
+
+
+def test_other_text_is_another_input(tmp_path, source):
+    artifact = run(tmp_path / "out", source)
+    known = {"after": None, "sparse": dataclasses.replace(artifact.config, top_p=SMALL.top_p)}
+    assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, sources=[source], **known) is not None
+    assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, sources=["other"], **known) is None
+
+
+def test_no_distillation_when_its_steps_are_zero(tmp_path, source):
+    config = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
+    assert run(tmp_path, source, config).weights_kind is None
+
+
+def test_the_model_comes_back_unchanged(tmp_path, source):
+    model = random_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    tokens = torch.arange(64)[None] + 5
+    logits = model(tokens).logits
+    run(tmp_path, source, model=model)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert torch.equal(model(tokens).logits, logits)
+    assert not model.training
+
+
+def test_killed_anywhere_it_ends_where_an_undisturbed_run_does(tmp_path, source):
+    """SIGKILL at 20 random moments: what lies there is always a whole artefact (or none yet), and the end is the same."""
+    begin = time.monotonic()
+    run(tmp_path / "undisturbed", source)
+    whole = time.monotonic() - begin
+    rng, output = random.Random(0), tmp_path / "killed"
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(output, source)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.05, whole / 2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (output / CONFIG_FILE).exists():
+            Artifact.load(output)
+    run(output, source)
+    assert content(output) == content(tmp_path / "undisturbed")
+    left = {p.name for p in output.iterdir()}
+    assert not [name for name in left if name.startswith(".tmp")]
+
+
+def test_estimate_grows_with_the_work():
+    model = random_model()
+    small = estimate(model, SMALL)
+    longer = estimate(model, dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=3000)))
+    assert longer["seconds"]["distill"] > 20 * max(small["seconds"]["distill"], 1)
+    assert small["memory_gib"] > 0
+    assert set(small["seconds"]) == {"calibrate", "train_indexer", "distill", "evaluate", "total"}
