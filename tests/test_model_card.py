@@ -114,7 +114,7 @@ def test_table_has_only_what_was_measured():
     assert table(card)[0] == list(HEADER)
     assert table(card)[2:] == [
         ["Attention mass recalled, index, 256 tokens", "–", "97.0%", "–", "4 documents"],
-        ["Far tokens selected per query, index, 256 tokens", "–", "12 (10.0%)", "–", "4 documents"],
+        ["Far tokens selected per query, index, 256 tokens", "–", "12, 10.0%", "–", "4 documents"],
         ["Answers right, check of the head map without index, 1,024 tokens", "100.0%", "87.5%", "−12.5 points", "8"],
     ]
     assert "Nothing has been measured" not in card

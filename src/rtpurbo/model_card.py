@@ -187,7 +187,7 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         what = f"index, {tokens(index['length_tokens'])}"
         count = f"{index['documents']:,} document{'s' * (index['documents'] != 1)}"
         rows.append(Row(f"Attention mass recalled, {what}", _NONE, f"{index['mass_kept']:.1%}", _NONE, count))
-        share = f"{index['tokens_selected']:,.0f} ({index['far_selected_ratio']:.1%})"
+        share = f"{index['tokens_selected']:,.0f}, {index['far_selected_ratio']:.1%}"
         rows.append(Row(f"Far tokens selected per query, {what}", _NONE, share, _NONE, count))
     found = metrics.get("calibrate", {}).get("check")
     if found:

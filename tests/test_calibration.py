@@ -1,0 +1,381 @@
+"""Finding retrieval heads: a head that is known to retrieve must be found, and effects must be what gates really do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from rtpurbo import calibration
+from rtpurbo.attach import recording
+from rtpurbo.calibration import (
+    DocumentScore,
+    attention_rows,
+    calibrate,
+    combine,
+    default_lengths,
+    score_document,
+)
+from rtpurbo.config import CalibrateConfig, SparseConfig
+from rtpurbo.data import documents
+from rtpurbo.models import fingerprint
+from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source, word_tokenizer
+
+SPARSE = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16)
+CONFIG = CalibrateConfig(lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    with text_source(tmp_path_factory.mktemp("text")) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def model():
+    return copy_model()
+
+
+def metrics_of(artifact) -> dict:
+    return artifact.stages["calibrate"]["metrics"]
+
+
+# The head that retrieves
+
+
+@pytest.mark.parametrize("scoring", ["effect", "attention", "needle"])
+def test_the_head_that_retrieves_is_found(model, tokenizer, source, scoring):
+    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring=scoring), SPARSE)
+    layer, head = RETRIEVAL_HEAD
+    assert made.heads.retrieval == tuple((head,) if i == layer else () for i in range(2))
+    scores = metrics_of(made)["scores"]
+    assert scores[layer][head] == 1.0
+    if scoring != "attention":  # noise heads look everywhere, also far
+        others = [s for i, row in enumerate(scores) for h, s in enumerate(row) if (i, h) != (layer, head)]
+        assert max(others) < 0.5
+
+
+def test_layer_0_heads_that_look_just_back_have_no_effect(model, tokenizer, source):
+    """Heads 1 and 2 of layer 0 are all that the far head lives on, but a window serves them."""
+    scores = metrics_of(calibrate(model, tokenizer, [source], CONFIG, SPARSE))["scores"]
+    assert max(scores[0][1:3]) < 0.01
+
+
+def test_group_granularity_takes_the_whole_group(model, tokenizer, source):
+    config = dataclasses.replace(CONFIG, granularity="group", retrieval_ratio=0.25)
+    made = calibrate(model, tokenizer, [source], config, SPARSE)
+    assert made.heads.granularity == "group"
+    assert made.heads.retrieval == ((), (2, 3))
+    assert metrics_of(made)["full_kv_ratio"] == 0.25
+    assert metrics_of(made)["retrieval_head_ratio"] == 0.25
+
+
+def test_threshold_instead_of_a_share(model, tokenizer, source):
+    config = dataclasses.replace(CONFIG, threshold=0.9, retrieval_ratio=0.5)
+    assert calibrate(model, tokenizer, [source], config, SPARSE).heads.retrieval == ((), (2,))
+    everything = calibrate(model, tokenizer, [source], dataclasses.replace(config, threshold=0.0), SPARSE)
+    assert everything.heads.ratio == 1.0
+
+
+def test_ratio_counts_heads_of_the_whole_model(model, tokenizer, source):
+    for ratio, count in ((0.125, 1), (0.25, 2), (0.5, 4), (1.0, 8), (0.01, 1)):
+        made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, retrieval_ratio=ratio), SPARSE)
+        assert sum(len(heads) for heads in made.heads.retrieval) == count
+        assert 2 in made.heads.retrieval[1]
+
+
+# Effects
+
+
+def naive_local(seen) -> torch.Tensor:
+    """Window and sink attention [Hq, N, D] with a full mask."""
+    size = seen.q.shape[1] // seen.k.shape[1]
+    k, v = (x[0].repeat_interleave(size, 0) for x in (seen.k, seen.v))
+    places = torch.arange(k.shape[1])
+    age = places[:, None] - places
+    keep = (age >= 0) & ((age < SPARSE.window_tokens) | (places < SPARSE.sink_tokens))
+    return ((seen.q[0] @ k.transpose(-1, -2)) * seen.scaling).masked_fill(~keep, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("margin", [True, False])
+def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin):
+    """Central differences: every head alone is moved a little towards its local output, the rest of the model runs on."""
+    model = random_model(layers=3, context=256).double()
+    tokens = documents([source], tokenizer, length_tokens=120, count=1, seed=2)[0]
+    targets = torch.tensor([70, 90, 100, 118])
+    got = torch.zeros(3, 4, dtype=torch.float64)
+    calibration._effects(model, tokens, targets, SPARSE, got, lambda seen: None, margin=margin)
+    attentions = [layer.self_attn for layer in model.model.layers]
+
+    @torch.no_grad()
+    def loss(layer: int, head: int, gate: float) -> float:
+        local = {}
+
+        def move(module, args):
+            heads = args[0].unflatten(-1, (4, 16)).clone()
+            heads[0, :, head] += gate * (local[layer][head] - heads[0, :, head])
+            return (heads.flatten(2),)
+
+        hook = attentions[layer].o_proj.register_forward_pre_hook(move)
+        with recording(model, lambda seen: local.__setitem__(seen.layer, naive_local(seen))):
+            logits = model(tokens[None]).logits[0, targets]
+        hook.remove()
+        want = tokens[targets + 1][:, None]
+        right = logits.gather(1, want)[:, 0]
+        others = logits.scatter(1, want, -torch.inf) if margin else logits
+        return (others.logsumexp(-1) - right).mean().item()
+
+    step = 1e-4
+    for layer in range(3):
+        for head in range(4):
+            slope = (loss(layer, head, step) - loss(layer, head, -step)) / (2 * step)
+            assert got[layer, head].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+    assert got.abs().amin() > 1e-6
+
+
+def test_effects_have_the_sign_of_what_is_lost(model, tokenizer, source):
+    """Questions: without the far head the answer is lost, so its effect is positive and far above all others."""
+    texts = documents([source], tokenizer, length_tokens=320, count=2, seed=0)
+    score = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=1)
+    assert score.kind == "question"
+    effect = score.tables["effect"]
+    assert effect[RETRIEVAL_HEAD] > 3.0
+    assert effect[RETRIEVAL_HEAD] > 10 * effect.flatten().sort().values[-2]
+
+
+# Attention
+
+
+@torch.no_grad()
+def test_attention_rows_are_the_models_attention(model, tokenizer, source):
+    tokens = documents([source], tokenizer, length_tokens=96, count=1, seed=2)[0]
+    rows, got = torch.tensor([0, 5, 95]), {}
+    with recording(model, lambda seen: got.__setitem__(seen.layer, attention_rows(seen, rows))):
+        model(tokens[None])
+    eager = copy_model()
+    eager.set_attn_implementation("eager")
+    for layer, want in enumerate(eager(tokens[None], output_attentions=True).attentions):
+        torch.testing.assert_close(got[layer], want[0][:, rows], atol=1e-5, rtol=0)
+
+
+def test_needle_and_far_scores_by_hand(model, tokenizer, source):
+    """The far head puts nearly all of a repeated span's attention on the early span; a dense model's rows sum to one."""
+    texts = documents([source], tokenizer, length_tokens=320, count=2, seed=0)
+    span = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=0)
+    assert span.kind == "span"
+    assert span.tables["needle"][RETRIEVAL_HEAD] > 0.95
+    assert span.tables["needle"][0, 1:3].max() < 1e-3  # one and two tokens back
+    assert span.tables["far"][RETRIEVAL_HEAD] > 0.95
+    assert (span.tables["needle"] <= span.tables["far"] + 1e-5).all()
+    assert span.copied == 1.0
+    text = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=2)
+    assert text.kind == "text"
+    assert (text.tables["needle"] == 0).all()
+    assert text.copied is None
+    assert text.tables["far"][0, 1:3].max() < 1e-3
+    assert text.tables["far"].max() < 1.0
+
+
+def test_scoring_by_attention_needs_no_gradients(model, tokenizer, source, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("gradients were computed")
+
+    monkeypatch.setattr(calibration, "_effects", refuse)
+    calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring="attention"), SPARSE)
+
+
+# From scores to heads
+
+
+def fake(kind: str, length: int, copied: float | None = None, **tables: list[list[float]]) -> DocumentScore:
+    full = {name: torch.tensor(tables.get(name, [[0.0] * 4] * 2)) for name in ("needle", "far", "effect")}
+    return DocumentScore(kind, length, full, copied)
+
+
+def test_combine_by_hand():
+    scores = [
+        fake(
+            "span",
+            100,
+            needle=[[0.2, 0.0, 0.0, 0.0], [0.0, 0.4, 0.0, 0.0]],
+            effect=[[0.0, 0.0, 8.0, 0.0], [-4.0, 2.0, 0.0, 0.0]],
+        ),
+        fake(
+            "span",
+            100,
+            needle=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.4, 0.0, 0.0]],
+            effect=[[0.0, 0.0, 8.0, 0.0], [-4.0, 2.0, 0.0, 0.0]],
+        ),
+        fake(
+            "span",
+            200,
+            needle=[[0.3, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]],
+            effect=[[0.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]],
+        ),
+        fake(
+            "text",
+            100,
+            far=[[0.0, 0.0, 0.0, 0.5], [0.1, 0.0, 0.0, 0.0]],
+            effect=[[0.0, 0.0, 0.0, 0.2], [0.0, 0.1, 0.0, 0.0]],
+        ),
+    ]
+    # needle, per length scaled to 1: (0.25, 1) and (1, 1/3) -> means (0.625, 2/3), scaled again (0.9375, 1)
+    needle = torch.tensor([[0.9375, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(combine(scores, "needle"), needle)
+    attention = torch.tensor([[0.9375, 0.0, 0.0, 1.0], [0.2, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(combine(scores, "attention"), attention)
+    effect = torch.tensor([[0.9375, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(combine(scores, "effect"), effect)
+
+
+def test_lengths_that_the_model_cannot_copy_are_left_out(model, tokenizer, source, monkeypatch):
+    good, bad = [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+
+    def score(model, tokenizer, document, other, sparse, config, *, index):
+        kind = calibration.KINDS[index % 3]
+        at = len(document)
+        return fake(kind, at, (0.9 if at == 120 else 0.1) if kind == "span" else None, effect=good if at == 120 else bad)
+
+    monkeypatch.setattr(calibration, "score_document", score)
+    config = dataclasses.replace(CONFIG, lengths_tokens=(120, 160))
+    made = calibrate(model, tokenizer, [source], config, SPARSE)
+    assert made.heads.retrieval == ((), (2,))
+    found = metrics_of(made)
+    assert found["usable_lengths_tokens"] == [120]
+    assert found["copy_accuracy"] == {"120": 0.9, "160": 0.1}
+    assert found["notes"] == []
+
+
+def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
+    model = random_model(context=512)
+    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=6), SPARSE)
+    found = metrics_of(made)
+    assert found["usable_lengths_tokens"] == []
+    assert "ordinary text alone decided" in found["notes"][0]
+    texts = documents([source], tokenizer, length_tokens=320, count=7, seed=0)
+    scores = [
+        score_document(model, tokenizer, texts[i], texts[i + 1], SPARSE, CONFIG, index=i).tables["effect"] for i in (2, 5)
+    ]
+    mean = torch.stack(scores).mean(0).clamp(min=0)
+    best = int((mean / mean.max()).argmax())
+    assert made.heads.retrieval == tuple((best % 4,) if i == best // 4 else () for i in range(2))
+    with pytest.raises(ValueError, match=r"cannot copy a repeated span at 320 tokens.*scoring='needle'"):
+        calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring="needle"), SPARSE)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("scoring", ["effect", "needle"])
+def test_any_number_of_documents(model, tokenizer, source, count, scoring):
+    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=count, scoring=scoring), SPARSE)
+    assert made.heads.retrieval == ((), (2,))
+    assert metrics_of(made).get("overlap_between_halves") == (None if count == 3 else 1.0)
+
+
+# The check, the record, the model
+
+
+def test_the_check_compares_dense_and_chosen_heads(model, tokenizer, source, monkeypatch):
+    config = dataclasses.replace(CONFIG, check_samples=5)
+    found = metrics_of(calibrate(model, tokenizer, [source], config, SPARSE))
+    assert found["check"] == {"length_tokens": 320, "samples": 5, "dense": 1.0, "chosen_heads": 1.0}
+    assert found["notes"] == []
+
+    def wrong(model, *args, index, **kwargs):
+        return fake(
+            calibration.KINDS[index % 3], 320, 1.0 if index % 3 == 0 else None, effect=[[0.0, 1.0, 0.0, 0.0], [0.0] * 4]
+        )
+
+    monkeypatch.setattr(calibration, "score_document", wrong)
+    found = metrics_of(calibrate(model, tokenizer, [source], config, SPARSE))
+    assert found["check"]["dense"] == 1.0
+    assert found["check"]["chosen_heads"] < 0.5
+    assert "lose retrieval: 100% ->" in found["notes"][0]
+
+
+def test_the_check_says_when_the_dense_model_fails_itself(tokenizer, source):
+    model = random_model(context=512)
+    found = metrics_of(calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, check_samples=2), SPARSE))
+    assert any("dense model answers only 0%" in note for note in found["notes"])
+
+
+def test_what_is_recorded(model, tokenizer, source, tmp_path):
+    made = calibrate(model, tokenizer, [source], CONFIG, SPARSE, model_name="owner/name", revision="abc")
+    assert made.base_model == {
+        "name": "owner/name",
+        "revision": "abc",
+        "model_type": "llama",
+        "head_dim": 64,
+        "fingerprint": fingerprint(model),
+    }
+    assert made.config == SPARSE
+    assert made.indexer is None
+    assert made.weights_kind is None
+    stage = made.stages["calibrate"]
+    assert stage["settings"]["lengths_tokens"] == (320,)
+    assert stage["settings"]["retrieval_ratio"] == 0.125
+    json.dumps(stage)
+    made.save(tmp_path / "artifact")
+
+
+def test_same_arguments_same_heads_and_scores(model, tokenizer, source):
+    first, second = (metrics_of(calibrate(model, tokenizer, [source], CONFIG, SPARSE)) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("scoring", ["effect", "attention"])
+@pytest.mark.parametrize("how", ["as loaded", "in training", "checkpointing"])
+def test_the_model_comes_back_unchanged(tokenizer, source, scoring, how):
+    model = copy_model()
+    if how != "as loaded":
+        model.train()
+        model.model.layers[0].requires_grad_(False)
+    if how == "checkpointing":
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    before = everything_of(model)
+    calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring=scoring, check_samples=1), SPARSE)
+    assert everything_of(model) == before
+
+
+def test_the_model_comes_back_unchanged_after_an_error(tokenizer, source, monkeypatch):
+    model = copy_model()
+    before = everything_of(model)
+
+    def fail(seen, rows):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(calibration, "attention_rows", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        calibrate(model, tokenizer, [source], CONFIG, SPARSE)
+    assert everything_of(model) == before
+
+
+def test_lengths():
+    sparse = SparseConfig(window_tokens=64, sink_tokens=4)
+    assert default_lengths(1024, sparse) == (256, 512, 1024)
+    assert default_lengths(256, sparse) == (136, 256)  # twice window and sinks, and the context
+    assert default_lengths(100, sparse) == (100,)
+    assert default_lengths(131072, sparse) == (8192, 16384, 32768)
+
+
+def test_wrong_lengths_are_named(model, tokenizer, source):
+    def run(*lengths: int, sparse: SparseConfig = SPARSE) -> None:
+        calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, lengths_tokens=lengths), sparse)
+
+    with pytest.raises(ValueError, match="513 tokens is beyond the model's context of 512"):
+        run(320, 513)
+    with pytest.raises(ValueError, match=r"Documents of 68 tokens are not longer than window \+ sinks \(64 \+ 4\)"):
+        run(68)
+    with pytest.raises(ValueError, match="too short to repeat 48"):
+        run(90)
+    with pytest.raises(ValueError, match="index_dim must be at most the head dimension 64"):
+        run(320, sparse=SparseConfig(window_tokens=64, index_dim=65))
+    with pytest.raises(ValueError, match="not longer than window"):
+        calibrate(model, tokenizer, [source], None, SparseConfig(window_tokens=512))
