@@ -113,6 +113,7 @@ def _tokens_first(x: Tensor, length: int, dim: int) -> Tensor:
     """[B, T, H, D] from a projection's [B, T, H*D] or a norm's output in either order."""
     if x.ndim == 3:
         return x.view(*x.shape[:2], -1, dim)
+    assert x.shape[1] != x.shape[2]  # else the order could not be told
     return x if x.shape[1] == length else x.transpose(1, 2)
 
 

@@ -10,6 +10,7 @@ laws with a cache stay below that length; a test of its own goes beyond it in on
 """
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 
 from oracle import oracle
 from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused
+from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 from tiny import (
     CONFIG,
@@ -206,6 +208,36 @@ def test_every_group_size(heads_and_kv):
         with oracle(model, heads, CONFIG, indexer):
             want = logits(model, ids, mask)
         check_modes(model, heads, CONFIG, indexer, want, ids, mask)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_settings(seed):
+    """Any family, roles, settings, padding (in the middle of a row too) and pieces, against the oracle."""
+    draw = random.Random(seed)
+    model = shared_model(draw.choice(FAMILY_NAMES), dtype=torch.float64)
+    granularity = draw.choice(GRANULARITIES)
+    size = 2 if granularity == "group" else 1
+    rows = []
+    for _ in range(3):
+        share = draw.choice([0.0, 0.2, 0.5, 1.0])
+        units = [u for u in range(QUERY_HEADS // size) if draw.random() < share]
+        rows.append(tuple(h for u in units for h in range(u * size, (u + 1) * size)))
+    heads = head_map(model, granularity, rows)
+    config = SparseConfig(
+        window_tokens=draw.choice([1, 2, 3, 7, 12, 20, 40]), sink_tokens=draw.choice([0, 1, 4, 9]),
+        index_dim=draw.choice([1, 4, 8]), top_p=draw.choice([0.2, 0.5, 0.8, 0.95, 1.0]),
+    )  # fmt: skip
+    indexer = random_indexer(heads, seed, config.index_dim)
+    longest = draw.randint(12, 58)
+    ids, mask = left_padded([longest, *(draw.randint(1, longest) for _ in range(draw.randint(0, 3)))], seed)
+    if draw.random() < 0.4:
+        row, start = draw.randrange(len(ids)), draw.randint(3, longest - 2)
+        mask[row, start : min(longest - 1, start + draw.randint(1, 6))] = False
+    with oracle(model, heads, config, indexer):
+        want = logits(model, ids, mask)
+    with attached(model, heads, config, indexer):
+        assert_same(logits(model, ids, mask), want, mask)
+        assert_same(logits(model, ids, mask, [draw.choice([1, 1, 2, 3, 5, 9, 17, 30]) for _ in range(12)]), want, mask)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
