@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from rtpurbo.evals.needle import DEPTHS, grade, grade_all, needle_samples
 from rtpurbo.evals.speed import measure_decode
 from rtpurbo.evals.statistics import paired
 from rtpurbo.indexer_training import train_indexer
-from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
+from tiny_text import artifact_for, copy_model, everything_of, prose, random_model, text_source, word_tokenizer
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
 
@@ -324,8 +325,10 @@ def test_evaluate_refuses_other_weights_and_lengths(model, indexed, tokenizer, s
 
 
 @pytest.mark.parametrize("granularity", ["head", "group"])
-def test_the_method_end_to_end(tokenizer, source, tmp_path, granularity):
+def test_the_method_end_to_end(tokenizer, source, tmp_path, monkeypatch, granularity):
     """Calibrate, train the index, distil, save, load, ask: facts far outside the window are found, with few tokens read."""
+    monkeypatch.chdir(tmp_path)
+    Path(source).write_text(prose(20000, sentences=15))  # sentences come again, as things do in real text
     model = copy_model()
     before = everything_of(model)
     sparse = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16, top_p=0.9)

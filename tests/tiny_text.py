@@ -64,17 +64,18 @@ def word_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<bos>")
 
 
-def prose(words: int, seed: int = 0) -> str:
-    """Random words, a sentence of twelve a line."""
+def prose(words: int, seed: int = 0, *, sentences: int | None = None) -> str:
+    """Random words, a sentence of twelve a line; `sentences`: only so many different ones, which come again and again."""
     rng = random.Random(seed)
-    chosen = [rng.choice(FILLERS) for _ in range(words)]
-    return "\n".join(" ".join(chosen[i : i + 12]) for i in range(0, words, 12))
+    lines = [" ".join(rng.choices(FILLERS, k=12)) for _ in range(sentences or -(-words // 12))]
+    chosen = rng.choices(lines, k=-(-words // 12)) if sentences else lines
+    return " ".join(" \n".join(chosen).split(" ")[:words])
 
 
 @contextmanager
-def text_source(folder: Path, *, words: int = 20000) -> Iterator[str]:
+def text_source(folder: Path, *, words: int = 20000, sentences: int | None = None) -> Iterator[str]:
     """A source of prose; relative to the working directory, so that its name and what a seed draws from it stay the same."""
-    (folder / "prose.txt").write_text(prose(words))
+    (folder / "prose.txt").write_text(prose(words, sentences=sentences))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield "prose.txt"
@@ -130,7 +131,7 @@ def copy_model(*, context: int = 512, noise: float = 0.01) -> LlamaForCausalLM:
     embedding.zero_()
     embedding[:, token], embedding[:, constant] = codes, 1.0
     head.zero_()
-    head[:, answer] = 3 * codes
+    head[:, answer] = 1.2 * codes  # sure enough to be right, not so sure that losing the answer changes nothing
     first, second = (layer.self_attn for layer in model.model.layers)
     for layer in model.model.layers:
         for p in layer.mlp.parameters():
