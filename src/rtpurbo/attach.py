@@ -201,29 +201,32 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
             detach(model)
 
 
-@contextmanager
-def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
-    """A PEFT model around `model` with the LoRA adapter in `path`, in eval mode; `model` is as it was after the block.
-
-    ValueError when the adapter does not fit the model.
-    """
+def with_adapter(model: PreTrainedModel, path: Path) -> Any:
+    """A PEFT model around `model` with the LoRA adapter in `path`, in eval mode; ValueError when it does not fit."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
+    try:
+        sparse = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+        result = sparse.load_adapter(str(path), "default", torch_device=str(model.device))
+        unfit = [*result.missing_keys, *result.unexpected_keys]
+        if unfit:
+            raise ValueError(f"tensor {unfit[0]!r} is {'missing' if result.missing_keys else 'not in the model'}")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"The adapter in {str(path)!r} does not fit the model: {reason}. Distil again.") from error
+    return sparse.eval()
+
+
+@contextmanager
+def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
+    """`with_adapter` for the length of a `with` block; `model` is as it was after it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     with borrowed(model):
         try:
-            try:
-                sparse = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
-                result = sparse.load_adapter(str(path), "default", torch_device=str(model.device))
-                unfit = [*result.missing_keys, *result.unexpected_keys]
-                if unfit:
-                    raise ValueError(f"tensor {unfit[0]!r} is {'missing' if result.missing_keys else 'not in the model'}")
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[-1].strip()
-                raise ValueError(f"The adapter in {str(path)!r} does not fit the model: {reason}. Distil again.") from error
-            yield sparse.eval()
+            yield with_adapter(model, path)
         finally:
             for parent in list(model.modules()):  # PEFT's own `unload` needs a PEFT model that came to be
                 for name, child in list(parent.named_children()):

@@ -123,6 +123,8 @@ class TrainConfig:
 class IndexerConfig(TrainConfig):
     """Stage 1: train the index projections (paper, section 3.2)."""
 
+    learning_rate: float = 1e-2
+    """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
     queries: int = 256
     """Sampled query positions per document and step."""
     start: Literal["closed_form", "random"] = "closed_form"
@@ -152,7 +154,7 @@ class IndexerConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Stage 2: match the dense model's next-token distribution (paper, section 3.3)."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
     labels: int = 2048
     """Label positions per document and step, beside every synthetic answer."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .attach import attach
+from .attach import attach, with_adapter
 from .checkpoint import Artifact, check_fingerprint
 from .models import load_model
 
@@ -49,9 +49,8 @@ def load(
         model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
         check_fingerprint(model, artifact)
     if artifact.weights_kind == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(artifact.weights_path)).merge_and_unload()
+        assert artifact.weights_path is not None
+        model = with_adapter(model, artifact.weights_path).merge_and_unload()
     with torch.no_grad():
         attach(model.eval(), artifact.heads, config, artifact.indexer)
     return model, tokenizer
