@@ -144,7 +144,9 @@ def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin):
 def test_effects_have_the_sign_of_what_is_lost(model, tokenizer, source):
     """Questions: without the far head the answer is lost, so its effect is positive and far above all others."""
     texts = documents([source], tokenizer, length_tokens=320, count=2, seed=0)
+    before = everything_of(model)
     score = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=1)
+    assert everything_of(model) == before
     assert score.kind == "question"
     effect = score.tables["effect"]
     assert effect[RETRIEVAL_HEAD] > 1.0

@@ -310,6 +310,7 @@ def test_questions_can_be_answered_from_the_text(tokenizer, kind, depth):
         assert answers == values
         assert len(set(values)) == len(values) == (2 if kind in ("multi_value", "multi_query") else 1)
         assert sample.answers[-1][1] == 300
+        assert tokenizer.decode(sample.tokens[sample.answers[0][0] :]) == " , ".join(values)
         assert torch.equal(sample.prompt, sample.tokens[: sample.answers[0][0]])
         assert sample.label_positions == [t - 1 for a, b in sample.answers for t in range(a, b)]
         # the haystack itself is whole and in order around the facts

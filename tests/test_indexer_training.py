@@ -169,7 +169,10 @@ def test_closed_form_finds_attention_that_is_a_low_rank_product():
     captures, rows = [], torch.arange(200, 400)
     mix = torch.randn(2, 4, 16), torch.randn(4, 16)
     for _ in range(3):
-        q, k = torch.randn(2, 200, 16), torch.randn(400, 16)
+        q, k = (
+            torch.randn(2, 200, 16),
+            torch.randn(400, 16) + torch.arange(16) / 4,
+        )  # a mean that every key shares says nothing
         low_q = torch.einsum("hmd,hrd->hmr", q, mix[0]) @ mix[1]
         captures.append({0: indexer_training.Capture(rows, q, low_q[:, None], k[None], k.expand(2, -1, -1), 0.05)})
     closed_form_start(indexer, captures)

@@ -153,6 +153,28 @@ def test_resume_several_times(tmp_path):
     assert_same_end(run(tmp_path), run(None))
 
 
+def test_a_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    real, calls = save_file, []
+
+    def torn(tensors, path, metadata):
+        real(tensors, path, metadata=metadata)
+        calls.append(1)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:50])
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", torn)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    got = run(tmp_path)
+    assert got[2] == list(range(4, 12))
+    assert_same_end(got, run(None))
+    assert {p.name for p in tmp_path.iterdir()} == {"state.safetensors", "metrics.jsonl"}
+
+
 def test_a_finished_run_is_not_repeated(tmp_path):
     want = run(tmp_path)
     got = run(tmp_path)

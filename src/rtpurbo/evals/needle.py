@@ -14,9 +14,7 @@ DEPTHS = 5
 BATCH_TOKENS = 16384
 
 
-def needle_samples(
-    haystacks: list[Tensor], tokenizer: Any, *, kind: str, count: int, seed: int
-) -> list[RetrievalSample]:
+def needle_samples(haystacks: list[Tensor], tokenizer: Any, *, kind: str, count: int, seed: int) -> list[RetrievalSample]:
     """`count` questions over the haystacks in turn, their depths spread evenly over the document."""
     return [
         retrieval_sample(
