@@ -50,7 +50,7 @@ def model():
 @pytest.fixture(scope="module")
 def indexed(model, tokenizer, source) -> Artifact:
     """`copy_model` with its one far head and a trained index."""
-    config = IndexerConfig(steps=10, length_tokens=256, queries=32, documents=6, save_every=0)
+    config = IndexerConfig(steps=10, learning_rate=1e-3, length_tokens=256, queries=32, documents=6, save_every=0)
     return train_indexer(model, tokenizer, artifact_for(model, index_dim=16), [source], config)
 
 
@@ -337,7 +337,11 @@ def test_the_method_end_to_end(tokenizer, source, tmp_path, monkeypatch, granula
     )
     made = calibrate(model, tokenizer, [source], settings, sparse)
     made = train_indexer(
-        model, tokenizer, made, [source], IndexerConfig(steps=10, length_tokens=384, queries=64, documents=8)
+        model,
+        tokenizer,
+        made,
+        [source],
+        IndexerConfig(steps=10, learning_rate=1e-3, length_tokens=384, queries=64, documents=8),
     )
     config = DistillConfig(steps=6, length_tokens=384, labels=64, learning_rate=1e-4, lora_rank=4)
     made = distill(model, tokenizer, made, [source], config, work=tmp_path / "work")

@@ -27,7 +27,7 @@ from rtpurbo.indexer_training import (
 from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
 
 LENGTH = 160
-CONFIG = IndexerConfig(steps=8, length_tokens=LENGTH, queries=16, documents=6, save_every=3, seed=1)
+CONFIG = IndexerConfig(steps=8, learning_rate=1e-3, length_tokens=LENGTH, queries=16, documents=6, save_every=3, seed=1)
 MAPS = {
     "head": ((1,), (0, 2, 3)),
     "group": ((0, 1), (2, 3)),

@@ -348,7 +348,7 @@ def test_evaluation_of_an_earlier_state_is_called_so(tmp_path):
     now = Artifact.load(folder)
     (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": now.digest()}))
     assert "earlier state" not in Page(write_report(folder)).text
-    before = dataclasses.replace(now, weights_kind=None, weights_path=None)
+    before = dataclasses.replace(now, config=dataclasses.replace(now.config, top_p=0.5))
     (folder / "eval.json").write_text(json.dumps({**evaluation, "artifact": before.digest()}))
     assert "earlier state of this artefact: rtpurbo eval measures it" in Page(write_report(folder)).text
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rtpurbo import progress
 from rtpurbo.config import TrainConfig
 from rtpurbo.training import learning_rate, train, trainable_state
 
@@ -355,3 +356,28 @@ def test_resume_after_sigkill(tmp_path):
     got = run(tmp_path)
     assert got[2] == list(range(4, 12))
     assert_same_end(got, run(None))
+
+
+# Progress
+
+
+def test_progress_lines_count_what_was_done_before(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
+    assert list(progress.track(iter("abc"), total=5, what="Work", done=2)) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["Work: 3/5", "Work: 4/5", "Work: 5/5"]
+    assert lines[-1].endswith("about 0 s left")
+
+
+def test_short_work_is_silent_without_a_terminal(capsys):
+    assert list(progress.track(range(3), total=3, what="Work")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress.track(range(3), total=3, what="Work")) == [0, 1, 2]
+    shown = capsys.readouterr()
+    assert "Work" in shown.err
+    assert "3/3" in shown.err
+    assert shown.out == ""

@@ -130,6 +130,8 @@ def convert(
     verify(model, tokenizer, fresh, path, heldout, config.evaluate)
     write_report(path)
     shutil.rmtree(path / WORK_DIR, ignore_errors=True)
+    for stale in path.glob(".tmp-*"):  # of runs that were killed while they wrote a file
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     return fresh
 
 
