@@ -157,8 +157,7 @@ def _shared_out(value: Tensor, like: Tensor) -> Tensor:
     """This process' part of `value`, placed like `like`."""
     value = value.to(like.device)
     if isinstance(like, DTensor):
-        # a copy: a view would keep the whole tensor in memory
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value
 
 
