@@ -236,18 +236,17 @@ def test_only_the_first_process_writes(found):
     assert "stage1/state.safetensors" in found[0]["files"]
 
 
-def test_a_sharded_run_that_was_killed_goes_on(folder, found):
+def test_a_sharded_run_that_was_killed_goes_on_bitwise(folder, found):
     for rank in range(WORLD):
         assert found[rank]["killed"]
         assert found[rank]["steps after the kill"] == 2
     want, got = (load_file(folder / path / "state.safetensors") for path in ("rank0/fsdp/full", "shared"))
     assert got.keys() == want.keys()
-    for name in want:  # two runs in one process may round a sharded sum differently, by the alignment of its buffers
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7, msg=name)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
     a, b = (weights_of(Artifact.load(folder / name)) for name in ("resumed", "fsdp-full"))
     assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-4, msg=name)  # bfloat16
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_model_comes_back_unsharded_and_unchanged(found):
