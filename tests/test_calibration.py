@@ -21,15 +21,10 @@ from rtpurbo.calibration import (
 from rtpurbo.config import CalibrateConfig, SparseConfig
 from rtpurbo.data import documents
 from rtpurbo.models import fingerprint
-from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source, word_tokenizer
+from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
 
 SPARSE = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16)
 CONFIG = CalibrateConfig(lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")

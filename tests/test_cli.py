@@ -13,16 +13,10 @@ from rtpurbo import cli
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.pipeline import convert
 from test_pipeline import SMALL
-from tiny_text import random_model, text_source, word_tokenizer
+from tiny_text import random_model, word_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SURFACE = json.loads((Path(__file__).parent / "cli_surface.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with text_source(tmp_path_factory.mktemp("text")) as name:
-        yield name
 
 
 @pytest.fixture(scope="module")

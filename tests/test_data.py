@@ -31,11 +31,6 @@ from tiny_text import FILLERS, prose, text_source, word_tokenizer
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -19,21 +19,10 @@ from rtpurbo.distillation import distill, top_kl, training_example
 from rtpurbo.evals.compare import both
 from rtpurbo.generate import load
 from rtpurbo.indexer_training import train_indexer
-from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
+from tiny_text import artifact_for, copy_model, everything_of, random_model
 
 LENGTH = 128
 CONFIG = DistillConfig(steps=6, length_tokens=LENGTH, labels=32, lora_rank=4, learning_rate=2e-3, save_every=2, seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with text_source(tmp_path_factory.mktemp("text")) as name:
-        yield name
 
 
 @pytest.fixture(scope="module")

@@ -26,20 +26,9 @@ from rtpurbo.evals.needle import DEPTHS, grade, grade_all, needle_samples
 from rtpurbo.evals.speed import measure_decode
 from rtpurbo.evals.statistics import paired
 from rtpurbo.indexer_training import train_indexer
-from tiny_text import artifact_for, copy_model, everything_of, prose, random_model, text_source, word_tokenizer
+from tiny_text import artifact_for, copy_model, everything_of, prose, random_model
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with text_source(tmp_path_factory.mktemp("text")) as name:
-        yield name
 
 
 @pytest.fixture(scope="module")

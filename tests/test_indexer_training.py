@@ -24,7 +24,7 @@ from rtpurbo.indexer_training import (
     train_indexer,
     unit_scores,
 )
-from tiny_text import artifact_for, copy_model, everything_of, random_model, text_source, word_tokenizer
+from tiny_text import artifact_for, copy_model, everything_of, random_model
 
 LENGTH = 160
 CONFIG = IndexerConfig(steps=8, learning_rate=1e-3, length_tokens=LENGTH, queries=16, documents=6, save_every=3, seed=1)
@@ -33,17 +33,6 @@ MAPS = {
     "group": ((0, 1), (2, 3)),
     "one layer": ((), (2,)),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with text_source(tmp_path_factory.mktemp("text")) as name:
-        yield name
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ import random
 import signal
 import time
 
-import pytest
 import torch
 
 from rtpurbo.checkpoint import CONFIG_FILE, WORK_DIR, Artifact
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from rtpurbo.pipeline import ConvertConfig, convert, estimate, finished_stage
-from tiny_text import random_model, text_source, word_tokenizer
+from tiny_text import random_model, word_tokenizer
 
 SMALL = ConvertConfig(
     window_tokens=32,
@@ -27,12 +26,6 @@ SMALL = ConvertConfig(
         lengths_tokens=(192,), samples=(1,), kinds=("single",), loss_documents=1, fidelity_documents=1, decode_tokens=2
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with text_source(tmp_path_factory.mktemp("text")) as name:
-        yield name
 
 
 def run(output, source, config=SMALL, model=None):

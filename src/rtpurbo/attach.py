@@ -83,18 +83,23 @@ def attach(
     text_config._attn_implementation = IMPLEMENTATION
 
 
+def _dense_forward(model: PreTrainedModel, module: nn.Module) -> None:
+    """Put back the forward and the implementation that `attach` found."""
+    forward, implementation = module.__dict__["rtpurbo_before"]
+    del module.__dict__["forward"]
+    if forward is not None:
+        module.forward = forward
+    model.config.get_text_config(decoder=True)._attn_implementation = implementation
+
+
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`; does nothing to a model that is not sparse."""
     for module in model.modules():
         if "rtpurbo" not in module.__dict__:
             continue
-        forward, implementation = module.__dict__.pop("rtpurbo_before")
-        del module.__dict__["rtpurbo"]
-        del module.__dict__["forward"]
-        if forward is not None:
-            module.forward = forward
+        _dense_forward(model, module)
+        del module.__dict__["rtpurbo"], module.__dict__["rtpurbo_before"]
         module._modules.pop("rtpurbo_indexer", None)
-        model.config.get_text_config(decoder=True)._attn_implementation = implementation
 
 
 @contextmanager
@@ -111,19 +116,14 @@ def attached(model: PreTrainedModel, heads: HeadMap, config: SparseConfig, index
 def paused(model: PreTrainedModel) -> Iterator[None]:
     """Run an attached model dense inside the `with` block."""
     modules = [m for m in model.modules() if "rtpurbo" in m.__dict__]
-    text_config = model.config.get_text_config(decoder=True)
     for module in modules:
-        forward, implementation = module.__dict__["rtpurbo_before"]
-        del module.__dict__["forward"]
-        if forward is not None:
-            module.forward = forward
-        text_config._attn_implementation = implementation
+        _dense_forward(model, module)
     try:
         yield
     finally:
         for module in modules:
             module.forward = types.MethodType(sparse_forward, module)
-        text_config._attn_implementation = IMPLEMENTATION
+        model.config.get_text_config(decoder=True)._attn_implementation = IMPLEMENTATION
 
 
 P = ParamSpec("P")
@@ -178,8 +178,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     """Show `recorder` the queries and keys of every converted layer; a model that is not sparse runs dense meanwhile."""
-    borrowed = not is_attached(model)
-    if borrowed:
+    was_dense = not is_attached(model)
+    if was_dense:
         layers, query_heads, kv_heads, _ = head_counts(model)
         dense = HeadMap.uniform(
             layers=list(attention_layers(model)),
@@ -197,7 +197,7 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     finally:
         for state in states:
             state.recorder = None
-        if borrowed:
+        if was_dense:
             detach(model)
 
 

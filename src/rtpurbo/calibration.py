@@ -26,15 +26,14 @@ from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_window_tokens
 from .data import KNOWN_TOKENS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
 from .evals.needle import grade_all, needle_samples
-from .families import attention_layers, context_tokens, head_counts
+from .families import LONGEST_TOKENS, attention_layers, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
 from .models import fingerprint, model_identity
-from .ops import window_attention
+from .ops import far_slots, window_attention
 from .progress import track
 
 CAN_COPY = 0.3
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
-LONGEST_TOKENS = 32768
 KINDS = ("span", "question", "text")
 TEXT_POSITIONS = 512
 
@@ -145,18 +144,6 @@ def default_lengths(context: int, sparse: SparseConfig) -> tuple[int, ...]:
     return tuple(sorted({min(context, max(shortest, context // part)) for part in (4, 2, 1)}))
 
 
-def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) -> None:
-    """ValueError for a document length beyond the context, or with nothing beyond window + sinks."""
-    for length in lengths:
-        if length > context:
-            raise ValueError(f"A length of {length} tokens is beyond the model's context of {context}; ask for less.")
-        if length <= sparse.window_tokens + sparse.sink_tokens:
-            raise ValueError(
-                f"Documents of {length} tokens are not longer than window + sinks "
-                f"({sparse.window_tokens} + {sparse.sink_tokens}); use longer documents or a smaller --window-tokens."
-            )
-
-
 def score_document(
     model: Any,
     tokenizer: Any,
@@ -195,8 +182,7 @@ def score_document(
     def observe(seen: Observed) -> None:
         rows = targets[:: max(1, len(targets) // 64)].to(seen.q.device)
         weights = attention_rows(seen, rows)  # [Hq, rows, N]
-        slots = torch.arange(length, device=rows.device)
-        beyond = (rows[:, None] - slots >= sparse.window_tokens) & (slots >= sparse.sink_tokens)
+        beyond = far_slots(rows, length, sparse.window_tokens, sparse.sink_tokens)
         tables["far"][seen.layer] = (weights * beyond).sum(-1).mean(-1).cpu()
         if kind == "span":
             tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()

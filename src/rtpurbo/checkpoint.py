@@ -152,7 +152,7 @@ class Artifact:
                 raw["weights"] = {"kind": self.weights_kind, "directory": target.name}
             write_json(path / CONFIG_FILE, raw)
         finally:
-            _sweep(path)
+            sweep(path)
 
     def with_stage(self, name: str, settings: Any, metrics: dict[str, Any], **changes: Any) -> Artifact:
         """A copy with stage `name` recorded, and `changes` to other fields."""
@@ -245,7 +245,7 @@ def check_fingerprint(model: PreTrainedModel, artifact: Artifact) -> None:
         )
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove what the config does not name: files of an earlier save, or of one that did not come to its end."""
     config = path / CONFIG_FILE
     text = config.read_text(errors="replace") if config.is_file() else ""

@@ -15,12 +15,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
-from .pipeline import ConvertConfig, say
+from .pipeline import HELDOUT, TRAINING, ConvertConfig, SparseOptions, say
 
 T = TypeVar("T")
 Sources = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
-TRAINING = ("installed-docs", "installed-python")
-HELDOUT = ("installed-docs:heldout",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +93,17 @@ def _seeded(command: Convert) -> ConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(Common, CalibrateConfig):
+class Calibrate(Common, SparseOptions, CalibrateConfig):
     """Find a model's retrieval heads; the artefact works at once, with dense retrieval heads."""
 
     model: tyro.conf.Positional[str]
     """Hub name, local directory, GGUF file, or smollm2-135m (embedded)."""
     sources: Sources = TRAINING
     """Ordinary text."""
-    window_tokens: int = 0
-    """Window of local heads in tokens; 0: an eighth of the context, at least 256 and at most 8192."""
-    sink_tokens: int = 4
-    """First real tokens of a sequence that every head sees."""
-    index_dim: int = 16
-    """Dimensions of the index to be trained later."""
-    top_p: float = 0.9
-    """Index attention mass that a selection must reach later, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        SparseOptions.__post_init__(self)
+        CalibrateConfig.__post_init__(self)
 
     def run(self) -> Any:
         """Calibrate, save, print the map."""
@@ -120,11 +114,8 @@ class Calibrate(Common, CalibrateConfig):
 
         output = self.output or Path("out")
         check_output(output)
-        shape = ConvertConfig(
-            window_tokens=self.window_tokens, sink_tokens=self.sink_tokens, index_dim=self.index_dim, top_p=self.top_p
-        )
         model, tokenizer = self.load(self.model)
-        sparse = shape.sparse(context=context_tokens(model))
+        sparse = self.sparse(context=context_tokens(model))
         settings = _part(self, CalibrateConfig)
         artifact = calibrate(model, tokenizer, self.sources, settings, sparse, model_name=self.model)
         save_stage(output, "calibrate", artifact, self.sources)

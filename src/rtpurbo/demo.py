@@ -9,10 +9,9 @@ from typing import Any
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from .data import documents, retrieval_sample
 from .evals.compare import both
-from .pipeline import ConvertConfig, convert, say
+from .pipeline import HELDOUT, ConvertConfig, convert, say
 
 SOURCES = ("installed-docs",)
-HELDOUT = ("installed-docs:heldout",)
 QUESTION_TOKENS = 3072
 
 

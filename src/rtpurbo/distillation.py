@@ -24,7 +24,7 @@ from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
 from .data import check_room, documents, mixed_document
-from .families import context_tokens
+from .families import document_length
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -96,8 +96,6 @@ def distill(
     """
     from accelerate import Accelerator
 
-    from .calibration import check_lengths
-
     config = config or DistillConfig()
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
     if artifact.indexer is None:
@@ -105,9 +103,7 @@ def distill(
     if work is None and accelerator.num_processes > 1:
         raise ValueError("Several processes need a directory `work`, the same for all of them.")
     check_fingerprint(model, artifact)
-    context = context_tokens(model)
-    length = config.length_tokens or min(context, 32768)
-    check_lengths((length,), context, artifact.config)
+    length = document_length(model, config.length_tokens, artifact.config)
     if config.retrieval_ratio:
         check_room(length, tokenizer)
     total = config.steps * config.batch_size * accelerator.num_processes

@@ -9,6 +9,8 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .config import SparseConfig
+
 
 class Family(NamedTuple):
     """What the shared sparse forward needs to know of an architecture."""
@@ -90,3 +92,27 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int, int, int]:
 def context_tokens(model: PreTrainedModel) -> int:
     """Longest sequence the model was made for, in tokens."""
     return int(model.config.get_text_config(decoder=True).max_position_embeddings)
+
+
+LONGEST_TOKENS = 32768
+"""Documents are no longer than this by default, however long the context."""
+
+
+def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) -> None:
+    """ValueError for a document length beyond the context, or with nothing beyond window + sinks."""
+    for length in lengths:
+        if length > context:
+            raise ValueError(f"A length of {length} tokens is beyond the model's context of {context}; ask for less.")
+        if length <= sparse.window_tokens + sparse.sink_tokens:
+            raise ValueError(
+                f"Documents of {length} tokens are not longer than window + sinks "
+                f"({sparse.window_tokens} + {sparse.sink_tokens}); use longer documents or a smaller --window-tokens."
+            )
+
+
+def document_length(model: PreTrainedModel, wanted: int, sparse: SparseConfig) -> int:
+    """Length of training documents in tokens: `wanted`, or for 0 the context (at most 32768); checked as above."""
+    context = context_tokens(model)
+    length = wanted or min(context, LONGEST_TOKENS)
+    check_lengths((length,), context, sparse)
+    return length

@@ -1,10 +1,10 @@
 """Stage 1: train the index (paper, section 3.2): train_indexer(model, tokenizer, artifact, ...) -> Artifact.
 
 1. Run the frozen dense model over a document; keep pre-RoPE and rotated queries and keys of the retrieval heads only
-   (queries at sampled positions). Captures stay in memory while they fit.
+   (queries at sampled positions). Captures stay in memory while they fit. Most documents carry a synthetic question or a
+   repeated span, whose answers' queries are always among the kept ones.
 2. Start from a closed form: the best rank-d approximation, in the whitened space of queries and keys, of the regression
    from pre-RoPE queries and keys to the attention logits.
-   Half of the documents carry synthetic retrieval questions, whose answers' queries are always among them.
 3. Each step: one document per process, a fresh sample of its queries; KL from the head's full attention to the softmax
    of the index scores, layer by layer; AdamW.
 4. Measure on documents of another seed: KL, attention mass recalled at p, tokens selected, per head and layer.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
 from .config import IndexerConfig, SparseConfig
 from .data import documents, mixed_document
-from .families import context_tokens, head_counts
+from .families import document_length, head_counts
 from .heads import HeadMap
 from .indexer import LayerIndexer, indexer_from_state, make_indexer
-from .ops import index_scores, top_p_threshold
+from .ops import far_slots, index_scores, top_p_threshold
 from .progress import track
 from .training import stage_inputs, train, trainable_state
 
@@ -127,8 +128,7 @@ def far_weights(target: Tensor, rows: Tensor, sparse: SparseConfig) -> Tensor:
     Window and sinks are kept whatever the index says, so the queries that teach it something are those that look
     further; in most heads they are rare.
     """
-    slots = torch.arange(target.shape[-1], device=target.device)
-    far = (rows[:, None] - slots >= sparse.window_tokens) & (slots >= sparse.sink_tokens)
+    far = far_slots(rows, target.shape[-1], sparse.window_tokens, sparse.sink_tokens)
     return (target * far).sum(-1) + LEAST_WEIGHT
 
 
@@ -142,26 +142,26 @@ def closed_form_start(indexer: nn.ModuleDict, captures: list[dict[int, Capture]]
     """
     for name, layer in indexer.items():
         assert isinstance(layer, LayerIndexer)
-        some = [c[int(name)] for c in captures]
-        for unit in range(layer.query.shape[0]):
-            query: tuple[Any, int] = (0.0, 0)  # a running sum and its number of terms
-            key: tuple[Any, int] = (0.0, 0)
-            cross: Any = 0.0
-            for c in some:
-                attention = target_attention(c)[unit]
-                logits = attention.clamp(min=1e-8).log()
-                seen = torch.arange(attention.shape[-1], device=attention.device) <= c.rows[:, None]
-                seen_count = seen.sum(-1, keepdim=True)
-                logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
-                q = layer.unit_queries(c.q_pre[None])[0, unit].double()
-                k = c.k_pre[layer.kv_heads[unit]].double()
-                k = k - k.mean(0)
-                query = (query[0] + q.T @ q, query[1] + q.shape[0])
-                key = (key[0] + k.T @ k, key[1] + k.shape[0])
-                cross = cross + (q.T @ ((logits / seen_count).double() @ k)) / len(c.rows) / len(some)
-            root_q, root_k = (_inverse_root(m / n) for m, n in (query, key))
-            u, s, v = torch.linalg.svd(root_q @ cross @ root_k)
-            d = layer.query.shape[1]
+        units, size, dim = layer.query.shape[0], layer.query.shape[2], layer.key.shape[2]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=layer.query.device)
+        query, key, cross = zeros(units, size, size), zeros(units, dim, dim), zeros(units, size, dim)
+        queries = keys = 0
+        for c in (c[int(name)] for c in captures):
+            logits = target_attention(c).clamp(min=1e-8).log()  # [U, m, N]
+            seen = torch.arange(logits.shape[-1], device=logits.device) <= c.rows[:, None]
+            seen_count = seen.sum(-1, keepdim=True)
+            logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
+            q = layer.unit_queries(c.q_pre[None])[0].double()  # [U, m, S*D]
+            k = c.k_pre[layer.kv_heads].double()  # [U, N, D]
+            k = k - k.mean(1, keepdim=True)
+            query += q.mT @ q
+            key += k.mT @ k
+            cross += q.mT @ ((logits / seen_count).double() @ k) / len(c.rows) / len(captures)
+            queries, keys = queries + q.shape[1], keys + k.shape[1]
+        d = layer.query.shape[1]
+        for unit in range(units):
+            root_q, root_k = _inverse_root(query[unit] / queries), _inverse_root(key[unit] / keys)
+            u, s, v = torch.linalg.svd(root_q @ cross[unit] @ root_k)
             scale = s[:d].sqrt()[:, None]
             layer.query[unit] = (scale * (u[:, :d].T @ root_q)).to(layer.query.dtype)
             layer.key[unit] = (scale * (v[:d] @ root_k)).to(layer.key.dtype)
@@ -204,14 +204,10 @@ def train_indexer(
     from accelerate import Accelerator
     from accelerate.utils import broadcast
 
-    from .calibration import check_lengths
-
     config = config or IndexerConfig()
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
     check_fingerprint(model, artifact)
-    context = context_tokens(model)
-    length = config.length_tokens or min(context, 32768)
-    check_lengths((length,), context, artifact.config)
+    length = document_length(model, config.length_tokens, artifact.config)
     heads, sparse = artifact.heads, artifact.config
     _, _, _, head_dim = head_counts(model)
     torch.manual_seed(config.seed)
@@ -343,10 +339,8 @@ def measure(
         for layer, c in capture(model, tokens, rows, heads).items():
             target = target_attention(c)
             scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
-            slots = torch.arange(len(tokens), device=target.device)
-            age = c.rows[:, None] - slots
-            far = (age >= window_tokens) & (slots >= sink_tokens)
-            near = (age >= 0) & ~far
+            far = far_slots(c.rows, len(tokens), window_tokens, sink_tokens)
+            near = ~far  # later tokens too, which hold no attention
             kl, values = kl_divergence(target, scores), []
             for p in grid:
                 selected = scores >= top_p_threshold(scores, p)

@@ -237,7 +237,7 @@ def gaps(artifact: Artifact, evaluation: dict[str, Any]) -> list[str]:
     """What is missing or out of date, with the command that adds it."""
     missing = [name for name in STAGES if not (evaluation if name == "eval" else name in artifact.stages)]
     found = [f"{STAGES[name]} has not been run: `rtpurbo {name.replace('_', '-')}` adds it." for name in missing]
-    if evaluation.get("artifact", artifact.digest()) != artifact.digest():
+    if "artifact" in evaluation and evaluation["artifact"] != artifact.digest():
         found.append("The evaluation is of an earlier state of this artefact: `rtpurbo eval` measures it as it is now.")
     return found
 

@@ -15,18 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE, WORK_DIR, Artifact, check_output, write_json
+from .checkpoint import CONFIG_FILE, WORK_DIR, Artifact, check_output, sweep, write_json
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, default_window_tokens
-from .families import context_tokens, head_counts
+from .families import LONGEST_TOKENS, context_tokens, head_counts
 
 EVAL_FILE = "eval.json"
 METRICS_DIR = "metrics"
+TRAINING = ("installed-docs", "installed-python")
+HELDOUT = ("installed-docs:heldout",)
+"""Default sources of training and evaluation text."""
 STAGES = ("calibrate", "train_indexer", "distill")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """All settings of a conversion."""
+class SparseOptions:
+    """A SparseConfig whose window may follow from the model."""
 
     window_tokens: int = 0
     """Window of local heads in tokens; 0: an eighth of the context, at least 256 and at most 8192."""
@@ -35,15 +38,7 @@ class ConvertConfig:
     index_dim: int = 16
     """Dimensions of the learned index projection."""
     top_p: float = 0.9
-    """Index attention mass that a selection must reach, in (0, 1]; see also --indexer.mass-target."""
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    """Stage 0: find the retrieval heads."""
-    indexer: IndexerConfig = field(default_factory=IndexerConfig)
-    """Stage 1: train the index."""
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    """Stage 2: distil; 0 steps leave it out."""
-    evaluate: EvalConfig = field(default_factory=EvalConfig)
-    """The verification at the end."""
+    """Index attention mass that a selection must reach, in (0, 1]; index training may choose it (mass-target)."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded
@@ -60,6 +55,20 @@ class ConvertConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(SparseOptions):
+    """All settings of a conversion."""
+
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    """Stage 0: find the retrieval heads."""
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    """Stage 1: train the index."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Stage 2: distil; 0 steps leave it out."""
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    """The verification at the end."""
+
+
 def say(text: str) -> None:
     """A line for the person who waits, on standard error."""
     sys.stderr.write(text + "\n")
@@ -70,8 +79,8 @@ def convert(
     tokenizer: Any,
     output: str | Path,
     *,
-    sources: list[str] | tuple[str, ...] = ("installed-docs", "installed-python"),
-    heldout: list[str] | tuple[str, ...] = ("installed-docs:heldout",),
+    sources: list[str] | tuple[str, ...] = TRAINING,
+    heldout: list[str] | tuple[str, ...] = HELDOUT,
     config: ConvertConfig | None = None,
     model_name: str = "",
     revision: str | None = None,
@@ -130,8 +139,7 @@ def convert(
     verify(model, tokenizer, fresh, path, heldout, config.evaluate)
     write_report(path)
     shutil.rmtree(path / WORK_DIR, ignore_errors=True)
-    for stale in path.glob(".tmp-*"):  # of runs that were killed while they wrote a file
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    sweep(path)
     return fresh
 
 
@@ -219,7 +227,7 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     from .calibration import default_lengths
 
     sparse = config.sparse(context=context_tokens(model))
-    context = min(context_tokens(model), 32768)
+    context = min(context_tokens(model), LONGEST_TOKENS)
     probe = torch.zeros(1, min(512, context), dtype=torch.long, device=model.device)
     with torch.no_grad():
         model(probe, logits_to_keep=1)

@@ -61,8 +61,11 @@ def bench(
 ) -> dict[str, Any]:
     """`measure_decode` of the dense and the sparse model at every length, after a warm-up.
 
+    Args:
+        lengths_tokens: a length that leaves no room for `new_tokens` in the context is cut to the longest that does.
+
     Raises:
-        ValueError: other weights than the artefact's, or lengths beyond the context.
+        ValueError: other weights than the artefact's.
     """
     from ..checkpoint import check_fingerprint
     from ..data import documents
@@ -70,15 +73,11 @@ def bench(
     from .compare import both
 
     check_fingerprint(model, artifact)
-    for length in lengths_tokens:
-        if length + new_tokens > context_tokens(model):
-            lengths_tokens = tuple(n for n in lengths_tokens if n + new_tokens <= context_tokens(model))
-            shorter = context_tokens(model) - new_tokens
-            lengths_tokens = (*lengths_tokens, shorter)  # as long as the context allows
-            break
+    longest = context_tokens(model) - new_tokens
+    lengths = dict.fromkeys(min(length, longest) for length in lengths_tokens)
     rows = []
     with both(model, artifact) as switch:
-        for length in lengths_tokens:
+        for length in lengths:
             tokens = documents(sources, tokenizer, length_tokens=length, count=1, seed=seed)[0]
             row: dict[str, Any] = {"length_tokens": length}
             for name in ("dense", "sparse"):

@@ -2,12 +2,13 @@
 
 from .decode import decode_retrieval, decode_window
 from .prefill import retrieval_attention, window_attention
-from .reference import sink_slots, sparse_attention
+from .reference import far_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
 __all__ = [
     "decode_retrieval",
     "decode_window",
+    "far_slots",
     "index_scores",
     "retrieval_attention",
     "sink_slots",

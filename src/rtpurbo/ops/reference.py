@@ -41,6 +41,12 @@ def near_slots(q_slots: Tensor, k_slots: Tensor, sinks: Tensor, window_tokens: i
     return (window[None] | is_sink[:, None])[:, None]
 
 
+def far_slots(q_slots: Tensor, slots: int, window_tokens: int, sink_tokens: int) -> Tensor:
+    """[T, N] bool, in an unpadded sequence: visible, and neither in the query's window nor a sink."""
+    k_slots = torch.arange(slots, device=q_slots.device)
+    return (q_slots[:, None] - k_slots >= window_tokens) & (k_slots >= sink_tokens)
+
+
 def keep_mask(
     index_q: Tensor | None,
     index_k: Tensor | None,
