@@ -120,7 +120,9 @@ def main() -> None:
             tokenizer,
             artifact,
             args.train,
-            DistillConfig(steps=args.distill_steps, learning_rate=3e-4, length_tokens=args.length),
+            DistillConfig(
+                steps=args.distill_steps, learning_rate=3e-4, length_tokens=args.length, gradient_checkpointing=False
+            ),
         )
         finished("distill", **artifact.stages["distill"]["metrics"])
     artifact.save(args.output / args.name)

@@ -133,6 +133,8 @@ class IndexerConfig(TrainConfig):
     """Share of documents that carry synthetic retrieval questions or a repeated span."""
     far_weighting: bool = True
     """Weigh each query's KL by the attention mass it sends beyond window and sinks (the paper: all alike)."""
+    near_as_one: bool = True
+    """Count window and sinks, which are always kept, as one class of the KL (the paper: token by token)."""
     documents: int = 64
     """Different training documents; their queries and keys are kept in memory while they fit."""
     mass_target: float | None = None

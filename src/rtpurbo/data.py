@@ -197,6 +197,8 @@ class Template:
     one: str
     several: str
     joiner: str = ", "
+    value: str = "number"
+    """What is hidden: a "number" (7 digits), a "short" one (4 digits), a "code" (letters and digits) or "words" (two)."""
 
 
 EVALUATION_TEMPLATE = Template(
@@ -216,11 +218,46 @@ TRAINING_TEMPLATES = (
         needle="Note: room {value} was booked for {key}.",
         one="Which room was booked for {key}? For {key} they booked room",
         several="Which rooms were booked for {key}? For {key} they booked these rooms:",
+        value="short",
     ),
     Template(
         needle="In the register, {key} has entry number {value}.",
         one="According to the register, the entry number of {key} is",
         several="According to the register, the entry numbers of {key} are",
+    ),
+    Template(
+        needle="Remember this: the password that belongs to {key} is {value}.",
+        one="Tell me the password that belongs to {key}. Sure! The password that belongs to {key} is",
+        several="Tell me the passwords that belong to {key}. Sure! The passwords that belong to {key} are",
+        value="code",
+    ),
+    Template(
+        needle="[{key}] = {value}",
+        one="What was assigned to {key} above?\n[{key}] =",
+        several="What was assigned to {key} above? In order of appearance:",
+        value="code",
+    ),
+    Template(
+        needle="The agent known as {key} always travels under the name {value}.",
+        one="Under which name does the agent known as {key} travel? The agent known as {key} travels under the name",
+        several="Under which names do the agents known as {key} travel? They travel under the names",
+        value="words",
+    ),
+    Template(
+        needle="A parcel for {key} was stored on shelf {value} last night.",
+        one="Where is the parcel for {key}? It was stored on shelf",
+        several="Where are the parcels for {key}? They were stored on the shelves",
+    ),
+    Template(
+        needle="Telephone of {key}: {value}",
+        one="I need the telephone number of {key}, which is written somewhere above. Telephone of {key}:",
+        several="I need the telephone numbers of {key}, which are written somewhere above. They are",
+    ),
+    Template(
+        needle="It is said that {key} turns into {value} at midnight.",
+        one="The text says what {key} turns into at midnight. It turns into",
+        several="The text says what {key} turn into at midnight. In order:",
+        value="words",
     ),
 )
 
@@ -261,7 +298,7 @@ def retrieval_sample(
     """
     rng = random.Random(seed)
     keys = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], 4)
-    values = [str(rng.randrange(10**6, 10**7)) for _ in range(4)]
+    values = [_value(template.value, rng) for _ in range(4)]
     facts = {
         "single": [(keys[0], values[0])],
         "multi_key": list(zip(keys, values, strict=True)),
@@ -304,6 +341,14 @@ def retrieval_sample(
         depth=depths[0],
         kind=kind,
     )
+
+
+def _value(kind: str, rng: random.Random) -> str:
+    if kind == "words":
+        return f"{rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+    if kind == "code":
+        return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ23456789", k=6))
+    return str(rng.randrange(10**3, 10**4) if kind == "short" else rng.randrange(10**6, 10**7))
 
 
 def repeated_span(

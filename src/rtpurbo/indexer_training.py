@@ -39,7 +39,9 @@ CAPTURED_PER_STEP = 4
 """Query positions kept per document, in multiples of those that one step uses."""
 MEASURED_DOCUMENTS = 4
 LEAST_WEIGHT = 0.02
-P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
+P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
+QUESTION_TOKENS = 64
+"""Last positions of a document with a question or a repeated span; like the answers, every step uses their queries."""
 
 
 @dataclass
@@ -109,16 +111,22 @@ def _causal(scores: Tensor, rows: Tensor) -> Tensor:
     return scores.masked_fill(slots > rows[:, None], -torch.inf)
 
 
-def kl_divergence(target: Tensor, scores: Tensor, weights: Tensor | None = None) -> Tensor:
+def kl_divergence(target: Tensor, scores: Tensor, weights: Tensor | None = None, far: Tensor | None = None) -> Tensor:
     """KL(target || softmax(scores)) in nats per unit, (weighted) mean over queries: [U, m, N] x [U, m, N] -> [U].
 
     Args:
         weights: [U, m], None for equal ones.
+        far: [m, N] bool, tokens outside window and sinks. If given, all others are one class together: they are kept
+            whatever the index says, so it need only know how much attention they hold, not where.
     """
     log_index = scores.log_softmax(-1)
-    some = target > 0
+    some = target > 0 if far is None else (target > 0) & far
     terms = torch.where(some, target * (target.clamp(min=1e-30).log() - log_index.masked_fill(~some, 0.0)), 0.0)
     per_query = terms.sum(-1)
+    if far is not None:
+        near = target.masked_fill(far, 0.0).sum(-1)
+        log_near = log_index.masked_fill(far, -torch.inf).logsumexp(-1)
+        per_query = per_query + near * (near.clamp(min=1e-30).log() - log_near)
     return per_query.mean(-1) if weights is None else (per_query * weights).sum(-1) / weights.sum(-1)
 
 
@@ -220,6 +228,8 @@ def train_indexer(
         mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:index:{i}")
         for i, text in enumerate(texts)
     ]
+    end = range(max(0, length - QUESTION_TOKENS), length)
+    mixed = [(tokens, sorted({*answers, *end}) if answers else []) for tokens, answers in mixed]
     kept = min(length, config.queries * CAPTURED_PER_STEP)
     store: dict[int, dict[int, Capture]] = {}
     held = 0
@@ -230,7 +240,7 @@ def train_indexer(
             return store[number]
         rng = random.Random(f"{config.seed}:rows:{number}")
         tokens, answers = mixed[number]
-        rows = torch.tensor(answers + rng.sample(range(length), kept))  # every step uses the answers' queries
+        rows = torch.tensor(answers + rng.sample(range(length), kept))  # every step uses these answers
         found = capture(model, tokens, rows, heads)
         size = sum(c.nbytes() for c in found.values())
         if held + size <= config.capture_gib * 2**30:
@@ -260,8 +270,10 @@ def train_indexer(
                 with torch.no_grad():
                     target = target_attention(c)
                     weights = far_weights(target, c.rows, sparse) if config.far_weighting else None
+                far = far_slots(c.rows, target.shape[-1], sparse.window_tokens, sparse.sink_tokens)
                 scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
-                loss = kl_divergence(target, scores, weights).sum() / units / config.batch_size
+                loss = kl_divergence(target, scores, weights, far if config.near_as_one else None).sum()
+                loss = loss / units / config.batch_size
                 loss.backward()
                 total += loss.detach()
         if world > 1:
