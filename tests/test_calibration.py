@@ -48,14 +48,17 @@ def metrics_of(artifact) -> dict:
 
 @pytest.mark.parametrize("scoring", ["effect", "attention", "needle"])
 def test_the_head_that_retrieves_is_found(model, tokenizer, source, scoring):
-    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring=scoring), SPARSE)
+    """Alone at the top; with far attention, which noise heads have too, one of them shares the highest score."""
+    ratio = 0.25 if scoring == "attention" else 0.125
+    config = dataclasses.replace(CONFIG, scoring=scoring, retrieval_ratio=ratio)
+    made = calibrate(model, tokenizer, [source], config, SPARSE)
     layer, head = RETRIEVAL_HEAD
-    assert made.heads.retrieval == tuple((head,) if i == layer else () for i in range(2))
+    assert head in made.heads.retrieval[layer]
+    assert sum(map(len, made.heads.retrieval)) == 8 * ratio
     scores = metrics_of(made)["scores"]
     assert scores[layer][head] == 1.0
-    if scoring != "attention":  # noise heads look everywhere, also far
-        others = [s for i, row in enumerate(scores) for h, s in enumerate(row) if (i, h) != (layer, head)]
-        assert max(others) < 0.5
+    others = sorted(s for i, row in enumerate(scores) for h, s in enumerate(row) if (i, h) != (layer, head))
+    assert others[-2 if scoring == "attention" else -1] < (1.0 if scoring == "attention" else 0.5)
 
 
 def test_layer_0_heads_that_look_just_back_have_no_effect(model, tokenizer, source):
@@ -103,7 +106,7 @@ def naive_local(seen) -> torch.Tensor:
 @pytest.mark.parametrize("margin", [True, False])
 def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin):
     """Central differences: every head alone is moved a little towards its local output, the rest of the model runs on."""
-    model = random_model(layers=3, context=256).double()
+    model = random_model(layers=3, context=256, seed=3).double()
     tokens = documents([source], tokenizer, length_tokens=120, count=1, seed=2)[0]
     targets = torch.tensor([70, 90, 100, 118])
     got = torch.zeros(3, 4, dtype=torch.float64)

@@ -16,6 +16,7 @@ from rtpurbo.data import documents
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer_training import (
     MEASURED_DOCUMENTS,
+    QUESTION_TOKENS,
     capture,
     closed_form_start,
     kl_divergence,
@@ -171,12 +172,21 @@ def test_closed_form_finds_attention_that_is_a_low_rank_product():
         assert (kl_divergence(target, scores) < 0.05 * uniform).all()
 
 
+@pytest.mark.parametrize("near_as_one", [True, False])
 @pytest.mark.parametrize("start", ["random", "closed_form"])
 @pytest.mark.parametrize("name", MAPS)
-def test_steps_reduce_the_kl_of_unseen_documents(model, tokenizer, source, name, start):
+def test_steps_reduce_the_kl_of_unseen_documents(model, tokenizer, source, name, start, near_as_one):
     made = artifact(model, name)
     config = dataclasses.replace(
-        CONFIG, start=start, steps=40, learning_rate=4e-3, queries=32, save_every=0, far_weighting=False, retrieval_ratio=0.0
+        CONFIG,
+        start=start,
+        steps=40,
+        learning_rate=4e-3,
+        queries=32,
+        save_every=0,
+        far_weighting=False,
+        retrieval_ratio=0.0,
+        near_as_one=near_as_one,
     )
     before = metrics_of(train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, steps=0)))
     after = metrics_of(train_indexer(model, tokenizer, made, [source], config))
@@ -204,22 +214,51 @@ def test_weighted_kl():
     torch.testing.assert_close(kl_divergence(target, scores, weights), want)
 
 
+def test_kl_with_near_tokens_as_one_class():
+    """The same as the KL of distributions in which window and sinks were added up by hand; never above the plain one."""
+    torch.manual_seed(0)
+    rows = torch.tensor([19, 3, 12])
+    far = indexer_training.far_slots(rows, 20, 5, 2)
+    later = torch.arange(20) > rows[:, None]
+    target = torch.randn(2, 3, 20).masked_fill(later, -math.inf).softmax(-1)
+    scores = torch.randn(2, 3, 20).masked_fill(later, -math.inf).requires_grad_()
+    got = kl_divergence(target, scores, torch.tensor([[1.0, 0, 0], [0, 1, 0]]), far)
+    index = scores.softmax(-1)
+    for unit, row in ((0, 0), (1, 1)):
+        split = [torch.cat([p[far[row]], p[~far[row]].sum()[None]]) for p in (target[unit, row], index[unit, row])]
+        want = (split[0] * (split[0] / split[1]).log()).sum()
+        torch.testing.assert_close(got[unit], want)
+    assert got[1].item() == pytest.approx(0, abs=1e-6)  # position 3 has nothing far
+    assert (kl_divergence(target, scores, None, far) < kl_divergence(target, scores)).all()
+    got.sum().backward()
+    assert scores.grad.isfinite().all()
+    assert scores.grad[0, 0, far[0]].abs().amin() > 0
+    assert scores.grad[1, 1].abs().amax() < 1e-6
+
+
 @pytest.mark.parametrize("weighting", [True, False])
-def test_steps_weigh_queries_by_their_far_mass(model, tokenizer, source, monkeypatch, weighting):
+@pytest.mark.parametrize("near_as_one", [True, False])
+def test_steps_weigh_queries_by_their_far_mass(model, tokenizer, source, monkeypatch, weighting, near_as_one):
     real, seen = kl_divergence, []
 
-    def watch(target, scores, weights=None):
-        seen.append((target, weights))
-        return real(target, scores, weights)
+    def watch(target, scores, weights=None, far=None):
+        seen.append((target, weights, far))
+        return real(target, scores, weights, far)
 
     monkeypatch.setattr(indexer_training, "kl_divergence", watch)
     rows = []
     real_target = target_attention
     monkeypatch.setattr(indexer_training, "target_attention", lambda c: rows.append(c.rows) or real_target(c))
     made = artifact(model, "one layer")
-    config = dataclasses.replace(CONFIG, start="random", steps=3, far_weighting=weighting, save_every=0)
+    config = dataclasses.replace(
+        CONFIG, start="random", steps=3, far_weighting=weighting, near_as_one=near_as_one, save_every=0
+    )
     train_indexer(model, tokenizer, made, [source], config)
-    for (target, weights), at in list(zip(seen, rows, strict=True))[: config.steps]:
+    for (target, weights, far), at in list(zip(seen, rows, strict=True))[: config.steps]:
+        assert (far is not None) == near_as_one
+        if near_as_one:
+            want = indexer_training.far_slots(at, LENGTH, made.config.window_tokens, made.config.sink_tokens)
+            assert torch.equal(far, want)
         if weighting:
             assert torch.equal(weights, indexer_training.far_weights(target, at, made.config))
         else:
@@ -245,8 +284,9 @@ def test_queries_of_answers_are_used_in_every_step(model, tokenizer, source, mon
     for turn, rows in enumerate(seen[: config.steps]):
         _, answers = wanted[indexer_training._shuffled(turn, config.documents, config.seed)]
         assert answers
-        assert rows[: len(answers)] == answers
-        assert len(rows) == len(answers) + config.queries
+        always = sorted({*answers, *range(LENGTH - QUESTION_TOKENS, LENGTH)})
+        assert rows[: len(always)] == always
+        assert len(rows) == len(always) + config.queries
     assert {tuple(t.tolist()) for t in captured} == {
         *(tuple(t.tolist()) for t, _ in wanted),
         *(tuple(t.tolist()) for t in texts[-MEASURED_DOCUMENTS:]),
@@ -312,7 +352,11 @@ def brute_force_measure(model, made, indexer, texts, queries: int) -> dict[tuple
                     index_q = indexer[f"{layer}.query"][unit] @ torch.cat([q[h, row] for h in own])
                     scores = ((k[kv_head, : row + 1] @ indexer[f"{layer}.key"][unit].T) @ index_q).double()
                     index = scores.softmax(-1)
-                    kl = sum(t * math.log(t / i) for t, i in zip(target.tolist(), index.tolist(), strict=True) if t > 0)
+                    is_far = [row - s >= sparse.window_tokens and s >= sparse.sink_tokens for s in range(row + 1)]
+                    pairs = list(zip(is_far, target.tolist(), index.tolist(), strict=True))
+                    near_mass = [sum(pair[i] for pair in pairs if not pair[0]) for i in (1, 2)]
+                    kl = near_mass[0] * math.log(near_mass[0] / near_mass[1])
+                    kl += sum(t * math.log(t / i) for away, t, i in pairs if away and t > 0)
                     steps = 1
                     while steps <= 256 and index[scores >= scores.max() - steps / 16].sum() < sparse.top_p:
                         steps += 1

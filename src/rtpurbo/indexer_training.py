@@ -39,7 +39,7 @@ CAPTURED_PER_STEP = 4
 """Query positions kept per document, in multiples of those that one step uses."""
 MEASURED_DOCUMENTS = 4
 LEAST_WEIGHT = 0.02
-P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
+P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.975, 0.98, 0.99)
 QUESTION_TOKENS = 64
 """Last positions of a document with a question or a repeated span; like the answers, every step uses their queries."""
 
@@ -334,9 +334,10 @@ def measure(
             `top_p`.
 
     Returns:
-        Means over all units, and per unit ("units": layer, unit, ...): "kl" in nats; "mass_kept", full attention mass on
-        selected tokens, window and sinks; "far_selected_ratio", share of the tokens outside window and sinks that was
-        selected; "tokens_selected", their number. "top_p" is the p used, "curve" the means at every p of the grid.
+        Means over all units, and per unit ("units": layer, unit, ...): "kl" in nats, window and sinks as one class;
+        "mass_kept", full attention mass on selected tokens, window and sinks; "far_selected_ratio", share of the tokens
+        outside window and sinks that was selected; "tokens_selected", their number. "top_p" is the p used, "curve" the
+        means at every p of the grid.
     """
     if isinstance(indexer, dict):
         dim = next(iter(indexer.values())).shape[1]
@@ -353,7 +354,7 @@ def measure(
             scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
             far = far_slots(c.rows, len(tokens), window_tokens, sink_tokens)
             near = ~far  # later tokens too, which hold no attention
-            kl, values = kl_divergence(target, scores), []
+            kl, values = kl_divergence(target, scores, far=far), []
             for p in grid:
                 selected = scores >= top_p_threshold(scores, p)
                 mass = (target * (selected | near)).sum(-1).mean(-1)

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .reference import keep_mask, near_slots, visible_slots
+from .reference import keep_mask, near_slots, visible_scores, visible_slots
+from .select import top_p_threshold
 
 
 def workspace_elements(device: torch.device) -> int:
-    """Mask and score elements that one piece of work may hold."""
-    return 1 << 26 if device.type == "cuda" else 1 << 22
+    """Mask and score elements that one piece of work may hold: on a GPU about a hundredth of its memory in scores."""
+    return torch.cuda.get_device_properties(device).total_memory >> 9 if device.type == "cuda" else 1 << 22
 
 
 def _piece(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -64,15 +65,26 @@ def retrieval_attention(
         stop = min(start + rows, queries)
         end = slots - queries + stop  # no query of this piece sees further
         q_slots = k_slots[slots - queries + start : end]
+        seen_real = None if real is None else real[:, :end]
+        index: tuple[Tensor | None, Tensor | None] = (None, None)
+        threshold = None
+        if index_q is not None and index_k is not None and top_p < 1.0:
+            index = index_q[:, :, start:stop], index_k[:, :, :end]
+            if torch.is_grad_enabled():  # found once; the backward pass only compares again
+                scores = visible_scores(*index, visible_slots(q_slots, k_slots[:end], seen_real))
+                threshold = top_p_threshold(scores, top_p)
+                del scores
 
-        def attend(q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, start=start, stop=stop, end=end, q_slots=q_slots):
-            visible = visible_slots(q_slots, k_slots[:end], None if real is None else real[:, :end])
+        def attend(
+            q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, end=end, q_slots=q_slots, seen_real=seen_real, index=index,
+            threshold=threshold,
+        ) -> Tensor:  # fmt: skip
             keep = keep_mask(
-                None if index_q is None else index_q[:, :, start:stop],
-                None if index_k is None else index_k[:, :, :end],
-                visible=visible,
+                *index,
+                visible=visible_slots(q_slots, k_slots[:end], seen_real),
                 near=near_slots(q_slots, k_slots[:end], sinks, window_tokens),
                 top_p=top_p,
+                threshold=threshold,
             )
             if keep.shape[1] > 1 and heads_per_unit > 1:
                 keep = keep.repeat_interleave(heads_per_unit, 1)

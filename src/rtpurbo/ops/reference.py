@@ -47,6 +47,12 @@ def far_slots(q_slots: Tensor, slots: int, window_tokens: int, sink_tokens: int)
     return (q_slots[:, None] - k_slots >= window_tokens) & (k_slots >= sink_tokens)
 
 
+@torch.no_grad()
+def visible_scores(index_q: Tensor, index_k: Tensor, visible: Tensor) -> Tensor:
+    """Index scores of every query for the tokens it sees, -inf for others: [B, U, T, N] float32."""
+    return index_scores(index_q, index_k).masked_fill(~visible, -torch.inf)
+
+
 def keep_mask(
     index_q: Tensor | None,
     index_k: Tensor | None,
@@ -54,21 +60,22 @@ def keep_mask(
     visible: Tensor,
     near: Tensor,
     top_p: float,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """What retrieval queries attend to: visible tokens that are near or selected.
 
     Args:
         index_q, index_k: [B, U, T, d] and [B, U, N, d]; None selects everything (a head map without an indexer).
         visible, near: [B or 1, 1, T, N] bool.
+        threshold: [B, U, T, 1], what `top_p_threshold` gave for these queries; None finds it.
 
     Returns:
         [B, U, T, N] bool, or `visible` itself without an index.
     """
     if index_q is None or index_k is None or top_p >= 1.0:
         return visible
-    with torch.no_grad():
-        scores = index_scores(index_q, index_k).masked_fill(~visible, -torch.inf)
-        return ((scores >= top_p_threshold(scores, top_p)) | near) & visible
+    scores = visible_scores(index_q, index_k, visible)
+    return ((scores >= (top_p_threshold(scores, top_p) if threshold is None else threshold)) | near) & visible
 
 
 def sparse_attention(
