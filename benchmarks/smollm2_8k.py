@@ -48,11 +48,13 @@ def main() -> None:
     parser.add_argument("--calibrate-documents", type=int, default=24)
     parser.add_argument("--index-steps", type=int, default=600)
     parser.add_argument("--index-documents", type=int, default=192)
-    parser.add_argument("--distill-steps", type=int, default=150)
+    parser.add_argument("--distill-steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4, help="of the distillation")
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--other-samples", type=int, default=100)
+    parser.add_argument("--stage-1-samples", type=int, default=100, help="needle questions after stage 1")
     parser.add_argument("--loss-documents", type=int, default=16)
-    parser.add_argument("--mass-target", type=float, default=0.955)
+    parser.add_argument("--far-share", type=float, default=0.088, help="choose the largest p that selects at most this")
     parser.add_argument("--commit", default=None)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -89,7 +91,6 @@ def main() -> None:
             length_tokens=args.length,
             documents=args.index_documents,
             capture_gib=24,
-            mass_target=args.mass_target,
         ),
     )
     metrics = artifact.stages["train_indexer"]["metrics"]
@@ -99,21 +100,48 @@ def main() -> None:
         top_p=metrics["top_p"],
         curve=[[round(x, 3) for x in (c["top_p"], c["mass_kept"], c["far_selected_ratio"])] for c in metrics["curve"]],
     )
-    before = rtpurbo.evaluate(
-        model,
-        tokenizer,
-        artifact,
-        args.dev[:1],
-        EvalConfig(
-            lengths_tokens=lengths[::2],
-            samples=(max(2, args.samples // 5),),
-            kinds=("single",),
-            loss_documents=max(1, args.loss_documents // 4),
-            fidelity_documents=0,
-            decode_tokens=0,
-        ),
-    )
-    finished("evaluate stage 1", needle=[(r["length_tokens"], r["dense"], r["sparse"]) for r in before["needle"]])
+    curve = metrics["curve"]
+    top_p = max((c["top_p"] for c in curve if c["far_selected_ratio"] <= args.far_share), default=curve[0]["top_p"])
+    artifact = dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, top_p=top_p))
+    prose, code = args.dev[:1], args.dev[1:]
+    result: dict = {"environment": {**environment(), "commit": args.commit or environment()["commit"]}, "evaluation": {}}
+
+    def measure(part: str, of: rtpurbo.Artifact, sources: list[str], kinds: tuple[str, ...], **settings: int) -> None:
+        """Evaluate, print, and write what is known so far."""
+        samples = (settings.pop("samples", 0),)
+        found = rtpurbo.evaluate(
+            model, tokenizer, of, sources, EvalConfig(lengths_tokens=lengths, samples=samples, kinds=kinds, **settings)
+        )
+        result["evaluation"][part] = found
+        for row in found["needle"]:
+            print("   ", row["kind"], row["length_tokens"], row["dense"], row["sparse"], row["difference_95"], flush=True)
+        for source, row in found.get("loss", {}).items():
+            print("    loss", Path(source).name, row["dense"], row["sparse"], row["recovery"], row["kl"], flush=True)
+        if "index" in found:
+            print("    index", {k: found["index"][k] for k in ("mass_kept", "far_selected_ratio")}, found.get("speed"))
+        finished(f"evaluate {part}")
+        result["base_model"], result["sparse"] = of.base_model, dataclasses.asdict(of.config)
+        result["stages"], result["seconds"] = of.stages, seconds
+        (args.output / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    none = {"fidelity_documents": 0, "decode_tokens": 0}
+
+    def glance(part: str, of: rtpurbo.Artifact, samples: int) -> None:
+        """Fewer samples of retrieval, prose and code."""
+        half = args.loss_documents // 2
+        measure(f"{part}, prose", of, prose, ("single",), samples=samples, loss_documents=half, **none)
+        if code:
+            measure(f"{part}, code", of, code, (), loss_documents=half, **none)
+
+    for unit in ("head", "group"):  # both ways to choose, nothing trained: dense retrieval heads and windows
+        heads = rtpurbo.HeadMap.from_scores(
+            artifact.stages["calibrate"]["metrics"]["scores"],
+            kv_heads=artifact.heads.kv_heads,
+            granularity=unit,
+            ratio=artifact.stages["calibrate"]["settings"]["retrieval_ratio"],
+        )
+        glance(f"{unit}s chosen", dataclasses.replace(artifact, heads=heads, indexer=None), args.stage_1_samples // 2)
+    glance("after stage 1", artifact, args.stage_1_samples)
     if args.distill_steps:
         artifact = rtpurbo.distill(
             model,
@@ -121,48 +149,23 @@ def main() -> None:
             artifact,
             args.train,
             DistillConfig(
-                steps=args.distill_steps, learning_rate=3e-4, length_tokens=args.length, gradient_checkpointing=False
+                steps=args.distill_steps,
+                learning_rate=args.learning_rate,
+                length_tokens=args.length,
+                gradient_checkpointing=False,
             ),
         )
         finished("distill", **artifact.stages["distill"]["metrics"])
     artifact.save(args.output / args.name)
-    result: dict = {"environment": {**environment(), "commit": args.commit or environment()["commit"]}}
-    result["base_model"], result["sparse"] = artifact.base_model, dataclasses.asdict(artifact.config)
-    result["stages"] = artifact.stages
-    result["evaluation"] = {"after_stage_1": before}
-    prose, code = args.dev[:1], args.dev[1:]
-    for part, sources, kinds, samples, documents in (
-        ("main", prose, ("single",), args.samples, args.loss_documents),
-        ("code", code, (), 0, args.loss_documents),
-        ("other", prose, ("multi_key", "multi_value", "multi_query"), args.other_samples, 0),
-    ):
-        if not sources or not samples + documents:
-            continue
-        found = rtpurbo.evaluate(
-            model,
-            tokenizer,
-            artifact,
-            sources,
-            EvalConfig(
-                lengths_tokens=lengths,
-                samples=(samples,),
-                kinds=kinds,
-                loss_documents=documents,
-                fidelity_documents=8 if part == "main" else 0,
-                decode_tokens=32 if part == "main" else 0,
-            ),
-        )
-        result["evaluation"][part] = found
-        for row in found["needle"]:
-            keys = ("dense", "sparse", "recovery", "difference_95")
-            print("   ", row["kind"], row["length_tokens"], {k: row[k] for k in keys}, flush=True)
-        for source, row in found.get("loss", {}).items():
-            print("    loss", Path(source).name, row["dense"], row["sparse"], row["recovery"], row["kl"], flush=True)
-        if "index" in found:
-            print("    index", {k: found["index"][k] for k in ("mass_kept", "far_selected_ratio")}, found.get("speed"))
-        finished(f"evaluate {part}")
-        result["seconds"] = seconds
-        (args.output / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    measure(
+        "main", artifact, prose, ("single",), samples=args.samples, loss_documents=args.loss_documents,
+        fidelity_documents=8, decode_tokens=32,
+    )  # fmt: skip
+    if code:
+        measure("code", artifact, code, (), loss_documents=args.loss_documents, fidelity_documents=8, decode_tokens=0)
+    if args.other_samples:
+        kinds = ("multi_key", "multi_value", "multi_query")
+        measure("other", artifact, prose, kinds, samples=args.other_samples, loss_documents=0, **none)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_examples_carry_questions_at_the_asked_share(tokenizer, source):
     carries = []
     for ratio in (0.0, 0.5, 1.0):
         config = dataclasses.replace(CONFIG, retrieval_ratio=ratio)
-        turns = [training_example(document, tokenizer, config, turn, 64)[0] for turn in range(40)]
+        turns = [training_example(document, tokenizer, config, turn, 512)[0] for turn in range(40)]
         assert all(len(t) == 256 for t in turns)
         carries.append(sum(not torch.equal(t, document) for t in turns))
     assert carries[0] == 0
@@ -136,12 +136,12 @@ def test_examples_carry_questions_at_the_asked_share(tokenizer, source):
     assert carries[2] == 40
 
 
-def test_labels_are_every_answer_and_places_beyond_the_window(tokenizer, source):
+def test_labels_are_every_answer_and_random_places(tokenizer, source):
     document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
     config = dataclasses.replace(CONFIG, retrieval_ratio=1.0)
     spread: set[int] = set()
     for turn in range(20):
-        tokens, labels, _ = training_example(document, tokenizer, config, turn, 64)
+        tokens, labels, _ = training_example(document, tokenizer, config, turn, 512)
         _, answers = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}")
         places = labels.tolist()
         assert len(tokens) == 256
@@ -149,17 +149,30 @@ def test_labels_are_every_answer_and_places_beyond_the_window(tokenizer, source)
         assert set(answers) <= set(places)
         others = set(places) - set(answers)
         assert 10 <= len(others) <= 32
-        assert min(places) >= 64
+        assert min(places) < 64  # training must not spoil what is not sparse
         assert max(places) == 254  # the last token is the answer's
         spread |= others
     assert len([p for p in spread if p < 160]) > 60  # all over the document, not at its end only
 
 
-def test_labels_of_a_document_hardly_longer_than_the_window(tokenizer, source):
+def test_half_of_the_documents_are_cut(tokenizer, source):
+    document = documents([source], tokenizer, length_tokens=640, count=1, seed=1)[0]
+    config = dataclasses.replace(CONFIG, retrieval_ratio=1.0, labels=1000)
+    for shortest, expected in ((128, {640, 320, 160}), (256, {640, 320, 256}), (1000, {640})):
+        lengths = []
+        for turn in range(60):
+            tokens, labels, _ = training_example(document, tokenizer, config, turn, shortest)
+            assert labels.tolist() == list(range(len(tokens) - 1))
+            lengths.append(len(tokens))
+        assert set(lengths) == expected
+        assert shortest == 1000 or 18 <= lengths.count(640) <= 42
+
+
+def test_labels_of_a_short_document(tokenizer, source):
     document = documents([source], tokenizer, length_tokens=40, count=1, seed=1)[0]
     config = dataclasses.replace(CONFIG, retrieval_ratio=0.0, labels=1000)
-    _, labels, _ = training_example(document, tokenizer, config, 0, 39)
-    assert labels.tolist() == list(range(20, 39))
+    _, labels, _ = training_example(document, tokenizer, config, 0, 512)
+    assert labels.tolist() == list(range(39))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
@@ -168,7 +181,7 @@ def test_answers_share_their_weight(tokenizer, source, weight):
     for ratio in (0.0, 1.0):
         config = dataclasses.replace(CONFIG, retrieval_ratio=ratio, answer_weight=weight)
         for turn in range(10):
-            tokens, labels, weights = training_example(document, tokenizer, config, turn, 64)
+            tokens, labels, weights = training_example(document, tokenizer, config, turn, 512)
             _, answers = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}")
             assert bool(answers) == bool(ratio)
             assert torch.equal(tokens, document) != bool(answers)
@@ -184,7 +197,7 @@ def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_input
     config = dataclasses.replace(CONFIG, steps=1, retrieval_ratio=1.0, save_every=0)
     done = distill(model, tokenizer, made, [source], config)
     text = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=config.seed + 1)[0]
-    _, _, weights = training_example(text, tokenizer, config, 0, 16)
+    _, _, weights = training_example(text, tokenizer, config, 0, 512)
     ((student, teacher),) = loss_inputs
     want = (brute_force_kl(student, teacher, 10) * weights).sum().item()
     assert done.stages["distill"]["metrics"]["loss_first"] == pytest.approx(want, rel=1e-3)
@@ -194,7 +207,7 @@ def test_an_example_depends_on_seed_and_turn_alone(tokenizer, source):
     document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
 
     def one(turn: int, seed: int = 1):
-        return [t.tolist() for t in training_example(document, tokenizer, dataclasses.replace(CONFIG, seed=seed), turn, 64)]
+        return [t.tolist() for t in training_example(document, tokenizer, dataclasses.replace(CONFIG, seed=seed), turn, 512)]
 
     assert one(3) == one(3)
     assert one(3) != one(4)
@@ -210,7 +223,7 @@ def test_teacher_is_dense_and_student_sparse(model, made, tokenizer, source, los
     distill(model, tokenizer, made, [source], config)
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=3, seed=config.seed + 1)
     for turn, (student, teacher) in enumerate(loss_inputs):
-        tokens, labels, _ = training_example(texts[turn], tokenizer, config, turn, 16)
+        tokens, labels, _ = training_example(texts[turn], tokenizer, config, turn, 512)
         with torch.no_grad():
             dense = model(tokens[None]).logits[0, labels]
             with attached(model, made.heads, made.config, made.indexer):

@@ -1,8 +1,10 @@
 """Stage 2: self-distillation (paper, section 3.3): distill(model, tokenizer, artifact, ...) -> Artifact.
 
-1. Documents as long as the context, a share of them with synthetic retrieval questions near their end.
+1. Documents as long as the context, half of them cut to a half or a quarter of it, so that short contexts stay as they
+   were; a share of them with synthetic retrieval questions at their end.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
-3. Labels: random positions beyond the first window and every synthetic answer (few, so with a weight of their own).
+3. Labels: random positions (those before the window is full too: training must not spoil what is not sparse) and every
+   synthetic answer (few, so with a weight of their own).
    Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
    so that no mass leaks out of the ten.
 4. No gradient flows through the selection; the index stays as stage 1 left it.
@@ -28,6 +30,8 @@ from .families import document_length
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SHORTEST_TOKENS = 512
+"""No document is cut below this, nor below two windows."""
 
 
 def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
@@ -52,15 +56,15 @@ def _log_rest(log_top: Tensor) -> Tensor:
 
 
 def training_example(
-    document: Tensor, tokenizer: Any, config: DistillConfig, turn: int, window_tokens: int
+    document: Tensor, tokenizer: Any, config: DistillConfig, turn: int, shortest_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [length] of one turn, the positions [labels] whose next token is a label, and the labels' weights (sum 1)."""
     rng = random.Random(f"{config.seed}:example:{turn}")
+    document = document[: max(len(document) // rng.choice((1, 1, 2, 4)), shortest_tokens)]
     tokens, answers = mixed_document(
         document, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:{turn}"
     )
-    first = min(window_tokens, len(tokens) // 2)  # nothing is sparse before the window is full
-    body = rng.sample(range(first, len(tokens) - 1), min(config.labels, len(tokens) - 1 - first))
+    body = rng.sample(range(len(tokens) - 1), min(config.labels, len(tokens) - 1))
     labels = sorted(set(body) | set(answers))
     few = set(answers)
     share = config.answer_weight if few and len(few) < len(labels) else float(bool(few))
@@ -104,8 +108,9 @@ def distill(
         raise ValueError("Several processes need a directory `work`, the same for all of them.")
     check_fingerprint(model, artifact)
     length = document_length(model, config.length_tokens, artifact.config)
+    shortest_tokens = max(SHORTEST_TOKENS, 2 * (artifact.config.window_tokens + artifact.config.sink_tokens))
     if config.retrieval_ratio:
-        check_room(length, tokenizer)
+        check_room(min(length, shortest_tokens), tokenizer)
     total = config.steps * config.batch_size * accelerator.num_processes
     texts = documents(sources, tokenizer, length_tokens=length, count=max(1, min(total, 512)), seed=config.seed + 1)
     torch.manual_seed(config.seed)
@@ -125,7 +130,7 @@ def distill(
             for i in range(config.batch_size):
                 turn = (number * world + rank) * config.batch_size + i
                 tokens, labels, weights = training_example(
-                    texts[turn % len(texts)], tokenizer, config, turn, artifact.config.window_tokens
+                    texts[turn % len(texts)], tokenizer, config, turn, shortest_tokens
                 )
                 tokens, labels, weights = tokens[None].to(device), labels.to(device), weights.to(device)
                 want = _teach(model, student, prepared, config, tokens, labels)
