@@ -26,7 +26,8 @@ def test_shipped_artefact():
     path = ROOT / "artefacts" / "smollm2-135m-8k"
     artifact = Artifact.load(path)
     assert artifact.base_model["name"] == "smollm2-135m"
-    assert artifact.weights_kind == "lora"
+    assert artifact.weights_kind is None
+    assert artifact.config.top_p == 0.97
     assert artifact.indexer is not None
     assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) < 5e6
     assert (path / "NOTICE").is_file()

@@ -3,12 +3,11 @@
 1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, a hidden
    fact with a question, ordinary text.
 2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
-3. Effect scores, one per kind: the head's share of what the model's answers lose when heads turn local. Every head's
-   output gets a gate between full (0) and window + sinks (1); the gradient of the objective by the gate is averaged along
-   the way on which all gates go from 0 to 1 together, so that the shares add up to the whole loss and heads that could
-   stand in for each other both count. Answers: the repeated span, the hidden fact, the text's own next tokens.
-4. Lengths at which the model cannot copy the span itself are left out. A head's score is its share, mean over the kinds;
-   the highest are retrieval heads.
+3. Effect scores, one per kind: what the model's answers lose when the head turns local, to first order. Every head's
+   output gets a gate between full (0) and window + sinks (1); the gradient of the objective at 0 is the score. Answers:
+   the repeated span, the hidden fact, the text's own next tokens.
+4. Lengths at which the model cannot copy the span itself are left out. A head's score is the largest of its four, each
+   scaled to 1; the highest are retrieval heads.
 5. Check: needle questions, dense model against dense retrieval heads + window.
 """
 
@@ -36,7 +35,7 @@ from .progress import track
 CAN_COPY = 0.3
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
 KINDS = ("span", "question", "text")
-TEXT_POSITIONS = 1024
+TEXT_POSITIONS = 512
 
 
 @dataclass
@@ -188,42 +187,45 @@ def score_document(
         if kind == "span":
             tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
 
-    with torch.no_grad(), recording(model, observe):
-        logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device)).logits[0]
-    right = (logits.argmax(-1).cpu() == tokens[targets + 1]).float().mean().item()
     if config.scoring == "effect":
-        rounds = -(-config.documents // len(KINDS))
-        at = (index // len(KINDS) + 0.5) / rounds  # the documents of a kind share the way
-        tables["effect"] = effects(model, tokens, targets, sparse, margin=kind != "text", at=at)
+        logits = _effects(model, tokens, targets, sparse, tables["effect"], observe, margin=kind != "text")
+    else:
+        with torch.no_grad(), recording(model, observe):
+            logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device)).logits[0]
+    right = (logits.argmax(-1).cpu() == tokens[targets + 1]).float().mean().item()
     return DocumentScore(kind, length, tables, right if kind == "span" else None)
 
 
-def effects(model: Any, tokens: Tensor, targets: Tensor, sparse: SparseConfig, *, margin: bool, at: float) -> Tensor:
-    """What the answers lose, per unit of its gate, when a head turns local: [layers, query heads].
+def _effects(
+    model: Any, tokens: Tensor, targets: Tensor, sparse: SparseConfig, table: Tensor, observe: Any, *, margin: bool
+) -> Tensor:
+    """Fill `table` [layers, query heads] with each head's effect; the logits [targets, vocabulary].
 
     Args:
-        targets: [targets] int64, positions whose next token is an answer.
         margin: measure the right token's logit against all others (it does not saturate), else its log-probability.
-        at: where the gates of all heads stand, 0 (full) to 1 (local).
     """
     modules = attention_layers(model)
-    layers, query_heads, _, _ = head_counts(model)
-    gates = {layer: torch.full((query_heads,), at, device=model.device, requires_grad=True) for layer in modules}
+    gates = {layer: torch.zeros(table.shape[1], device=model.device, requires_grad=True) for layer in modules}
     local: dict[int, Tensor] = {}
+    seen_once: set[int] = set()
 
     def watch(seen: Observed) -> None:
-        size = seen.q.shape[1] // seen.k.shape[1]
-        k, v = (x.repeat_interleave(size, 1) for x in (seen.k, seen.v))
-        sinks = torch.arange(sparse.sink_tokens, device=k.device)[None]
-        local[seen.layer] = window_attention(
-            seen.q, k, v, k[:, :, : sparse.sink_tokens], v[:, :, : sparse.sink_tokens],
-            first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
-        )  # fmt: skip
+        with torch.no_grad():
+            if seen.layer not in seen_once:  # activation checkpointing runs every layer twice
+                observe(seen)
+                seen_once.add(seen.layer)
+            size = seen.q.shape[1] // seen.k.shape[1]
+            k, v = (x.repeat_interleave(size, 1) for x in (seen.k, seen.v))
+            sinks = torch.arange(sparse.sink_tokens, device=k.device)[None]
+            local[seen.layer] = window_attention(
+                seen.q, k, v, k[:, :, : sparse.sink_tokens], v[:, :, : sparse.sink_tokens],
+                first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
+            )  # fmt: skip
 
     def gate(layer: int):
         def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            full = args[0].unflatten(-1, (query_heads, -1))  # [1, N, Hq, D]
-            away = local.pop(layer).transpose(1, 2) - full
+            full = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
+            away = (local[layer].transpose(1, 2) - full).detach()
             return ((full + gates[layer][:, None].to(full.dtype) * away).flatten(2),)
 
         return hook
@@ -242,10 +244,9 @@ def effects(model: Any, tokens: Tensor, targets: Tensor, sparse: SparseConfig, *
     finally:
         for hook in hooks:
             hook.remove()
-    table = torch.zeros(layers, query_heads, dtype=logits.dtype)
     for layer, values in gates.items():
         table[layer] = values.grad.cpu()  # type: ignore[union-attr]
-    return table
+    return logits.detach()
 
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
@@ -258,28 +259,22 @@ def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
 
 
 def combine(scores: list[DocumentScore], scoring: str) -> Tensor:
-    """[layers, query heads] in [0, 1], the highest 1, every length counting the same.
-
-    "effect": the head's share of what is lost, mean over the kinds of documents. Otherwise the larger of needle and
-    (with "attention") far attention mass, each scaled to 1.
-    """
-    if scoring == "effect":
-        parts = [_mean_over_lengths(scores, "effect", kind, share=True) for kind in KINDS]
-        return _scaled(torch.stack([p for p in parts if p is not None]).mean(0))
-    tables = [("needle", "span"), ("far", "text")][: 1 if scoring == "needle" else 2]
-    parts = [_mean_over_lengths(scores, table, kind, share=False) for table, kind in tables]
-    return torch.stack([_scaled(p) for p in parts if p is not None]).amax(0)
-
-
-def _mean_over_lengths(scores: list[DocumentScore], table: str, kind: str, *, share: bool) -> Tensor | None:
-    """Mean table of a kind of document, where each length's is scaled to a sum (share) or a maximum of 1."""
-    some = [s for s in scores if s.kind == kind]
-    means = [
-        torch.stack([s.tables[table] for s in some if s.length_tokens == n]).mean(0).clamp(min=0)
-        for n in sorted({s.length_tokens for s in some})
-    ]
-    scale = torch.sum if share else torch.amax
-    return torch.stack([m / scale(m).clamp(min=1e-12) for m in means]).mean(0) if means else None
+    """[layers, query heads] in [0, 1]: the largest of the scores that `scoring` names, each scaled to 1."""
+    kinds = {
+        "effect": [("needle", "span"), *(("effect", kind) for kind in KINDS)],
+        "attention": [("needle", "span"), ("far", "text")],
+        "needle": [("needle", "span")],
+    }[scoring]
+    parts = []
+    for table, kind in kinds:
+        lengths = sorted({s.length_tokens for s in scores if s.kind == kind})
+        means = [
+            torch.stack([s.tables[table] for s in scores if s.kind == kind and s.length_tokens == n]).mean(0)
+            for n in lengths
+        ]  # every length counts the same
+        if means:
+            parts.append(_scaled(torch.stack([_scaled(m) for m in means]).mean(0)))
+    return torch.stack(parts).amax(0)
 
 
 def _scaled(table: Tensor) -> Tensor:

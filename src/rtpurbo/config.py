@@ -70,8 +70,8 @@ class CalibrateConfig:
     threshold: float | None = None
     """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
     scoring: Literal["effect", "attention", "needle"] = "effect"
-    """Score heads by their share of what the model loses without far attention (effect), by needle and far attention
-    mass (attention), or by the needle alone (needle, the paper)."""
+    """Score heads by the needle's attention and by what the model loses without their far attention (effect), by
+    needle and far attention mass (attention), or by the needle alone (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
     """Document lengths in tokens; empty: a quarter, a half and all of the context, at least 2 windows."""
     documents: int = 9
@@ -156,7 +156,7 @@ class IndexerConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Stage 2: match the dense model's next-token distribution (paper, section 3.3)."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.5e-4
     """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
     labels: int = 2048
     """Label positions per document and step, beside every synthetic answer."""

@@ -23,7 +23,7 @@ def demo_config(seed: int) -> ConvertConfig:
         indexer=IndexerConfig(
             steps=60, learning_rate=1e-2, length_tokens=2048, documents=8, queries=96, mass_target=0.95, seed=seed
         ),
-        distill=DistillConfig(steps=6, learning_rate=3e-4, length_tokens=1024, labels=512, seed=seed),
+        distill=DistillConfig(steps=6, length_tokens=1024, labels=512, seed=seed),
         evaluate=EvalConfig(
             lengths_tokens=(2048, 4096), samples=(8, 4), kinds=("single",), loss_documents=3, loss_length_tokens=2048,
             fidelity_documents=1, decode_tokens=16, seed=seed,

@@ -113,7 +113,7 @@ class HeadMap:
 
         Args:
             scores: per layer one score per query head, None for a layer left as it is. A group's score is the
-                mean of its query heads'.
+                maximum of its query heads.
         """
         rows = [row for row in scores if row is not None]
         if not rows:
@@ -124,7 +124,7 @@ class HeadMap:
         query_heads = len(rows[0])
         size = query_heads // kv_heads if granularity == "group" else 1
         ranked = sorted(
-            ((sum(row[u * size : (u + 1) * size]) / size, -layer, -u) for layer, row in enumerate(scores) if row is not None
+            ((max(row[u * size : (u + 1) * size]), -layer, -u) for layer, row in enumerate(scores) if row is not None
              for u in range(query_heads // size)),
             reverse=True,
         )  # fmt: skip
