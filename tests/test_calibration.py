@@ -24,7 +24,7 @@ from rtpurbo.models import fingerprint
 from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
 
 SPARSE = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16)
-CONFIG = CalibrateConfig(lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0)
+CONFIG = CalibrateConfig(granularity="head", lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0)
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,8 @@ class SparseConfig:
 class CalibrateConfig:
     """How retrieval heads are found (paper, section 3.1, and what makes it work on small models)."""
 
-    granularity: Granularity = "head"
-    """Choose single query heads (the paper), or whole KV groups (least cache: nothing full is kept for the rest)."""
+    granularity: Granularity = "group"
+    """Choose whole KV groups (least cache: nothing full is kept for the rest), or single query heads (the paper)."""
     retrieval_ratio: float = 0.15
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
