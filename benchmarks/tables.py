@@ -68,10 +68,11 @@ def smollm2() -> str:
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += [
         "",
-        f"Decode and the first loss on code: CPU; all else: one {environment['device']}, PyTorch {environment['torch']}, Transformers "
-        f"{environment['transformers']}; calibration {found['seconds']['calibrate']:.0f} s, index "
-        f"{found['seconds']['train_indexer']:.0f} s, distillation {found['seconds']['distill']:.0f} s. "
-        "That distillation repaired loss and cost retrieval, so the artefact has no adapter; the default rate is lower now, see [docs/log.md](docs/log.md).",
+        f"Decode and the first loss on code: CPU; all else: one {environment['device']}, PyTorch {environment['torch']}, "
+        f"Transformers {environment['transformers']}; calibration {found['seconds']['calibrate']:.0f} s, index "
+        f"{found['seconds']['train_indexer']:.0f} s, distillation {found['seconds']['distill']:.0f} s. That distillation "
+        "repaired loss and cost retrieval, so the artefact has no adapter; the default rate is lower now, see "
+        "[docs/log.md](docs/log.md).",
     ]
     return "\n".join(lines)
 
