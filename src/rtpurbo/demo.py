@@ -21,7 +21,7 @@ def demo_config(seed: int) -> ConvertConfig:
         window_tokens=256,
         calibrate=CalibrateConfig(granularity="group", lengths_tokens=(1024,), documents=6, check_samples=4, seed=seed),
         indexer=IndexerConfig(
-            steps=60, learning_rate=1e-2, length_tokens=2048, documents=8, queries=96, mass_target=0.95, seed=seed
+            steps=150, learning_rate=1e-2, length_tokens=2048, documents=12, queries=96, mass_target=0.95, seed=seed
         ),
         distill=DistillConfig(steps=6, length_tokens=1024, labels=512, seed=seed),
         evaluate=EvalConfig(
