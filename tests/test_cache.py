@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rtpurbo.attach import attached
-from rtpurbo.cache import SparseLayer, TokenBuffer, cache_bytes
+from rtpurbo.cache import CACHE, SparseLayer, TokenBuffer, cache_bytes
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import LayerIndexer
 from tiny import (
@@ -217,7 +217,7 @@ def test_repeated_and_selected_rows(llama, length):
         out = []
         for stop in range(length + 1, length + 13):
             step = llama(
-                all_ids[:, stop - 1 : stop], attention_mask=all_mask[:, :stop], past_key_values=cache,
+                all_ids[:, stop - 1 : stop], attention_mask=all_mask[:, :stop], **{CACHE: cache},
                 position_ids=all_mask[:, :stop].sum(-1, keepdim=True) - 1,
             )  # fmt: skip
             out.append(step.logits)
@@ -242,11 +242,11 @@ def test_reset_then_reuse(llama):
 
 def test_a_plain_dynamic_cache_will_do(llama):
     for cache in (DynamicCache(), DynamicCache(config=llama.config)):
-        out = llama(tokens(30), past_key_values=cache)
-        assert out.past_key_values is cache
+        out = llama(tokens(30), **{CACHE: cache})
+        assert out[CACHE] is cache
         assert len(cache.layers) == 3
         assert cache.get_seq_length() == 30
-    made = llama(tokens(30), use_cache=True).past_key_values
+    made = llama(tokens(30), use_cache=True)[CACHE]
     assert isinstance(made, DynamicCache)
     assert all(isinstance(layer, SparseLayer) for layer in made.layers)
 
@@ -271,7 +271,7 @@ def test_beam_search_is_refused(llama):
 def test_offloading_is_refused(llama):
     cache = DynamicCache(offloading=True)
     with refused(r"without offloading, got DynamicCache with offloading\. Leave cache_implementation unset"):
-        llama(tokens(30), past_key_values=cache)
+        llama(tokens(30), **{CACHE: cache})
     cache, _ = filled_cache(llama, tokens(30))
     for method in ("offload", "prefetch"):
         with refused(r"offloaded cache is not supported by a sparse model; use the default cache"):
@@ -279,8 +279,8 @@ def test_offloading_is_refused(llama):
 
 
 def test_static_cache_is_refused(llama):
-    with refused(r"got StaticCache\. Leave cache_implementation unset or pass past_key_values=DynamicCache\(\)"):
-        llama(tokens(30), past_key_values=StaticCache(config=llama.config, max_cache_len=64))
+    with refused(rf"got StaticCache\. Leave cache_implementation unset or pass {CACHE}=DynamicCache\(\)"):
+        llama(tokens(30), **{CACHE: StaticCache(config=llama.config, max_cache_len=64)})
 
 
 def test_cache_of_a_dense_model_is_refused(heads):
@@ -288,10 +288,10 @@ def test_cache_of_a_dense_model_is_refused(heads):
     dense, _ = filled_cache(model, tokens(9))
     with attached(model, heads, CONFIG):
         with refused(r"filled by a dense model: its layer 0 holds 9 tokens already\. Start a new cache\."):
-            model(tokens(2), past_key_values=dense)
+            model(tokens(2), **{CACHE: dense})
         sparse, _ = filled_cache(model, tokens(9))
     with refused(r"filled by a sparse model and cannot be used by a dense one; start a new cache"):
-        model(tokens(2), past_key_values=sparse)
+        model(tokens(2), **{CACHE: sparse})
 
 
 def test_cache_of_other_settings_is_refused():
@@ -303,7 +303,7 @@ def test_cache_of_other_settings_is_refused():
             cache, _ = filled_cache(model, tokens(30))
         with attached(model, heads, config):
             with refused(r"filled by another head map, window or number of sinks: its layer 0 holds 30 tokens"):
-                model(tokens(2), past_key_values=cache)
+                model(tokens(2), **{CACHE: cache})
             cache.reset()  # an emptied cache serves any model
             assert_same(logits(model, tokens(40), chunks=[20, 1], cache=cache), logits(model, tokens(40)))
 
@@ -319,14 +319,14 @@ def test_tokens_without_index_keys_are_refused():
             attached(model, heads, CONFIG, random_indexer(heads)),
             refused(r"no index keys: they were written with top_p=1 or without an indexer\. Start a new cache"),
         ):
-            model(tokens(2), past_key_values=cache)
+            model(tokens(2), **{CACHE: cache})
 
 
 def test_layer_of_another_kind_is_refused(llama):
     cache = DynamicCache()
     cache.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
     with refused(r"Layer 0 of this cache is a DynamicSlidingWindowLayer; a sparse model needs a DynamicLayer there"):
-        llama(tokens(5), past_key_values=cache)
+        llama(tokens(5), **{CACHE: cache})
 
 
 def test_sliding_layers_keep_their_own_cache():

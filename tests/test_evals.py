@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from rtpurbo.attach import attached, sparsify
-from rtpurbo.cache import cache_bytes
+from rtpurbo.cache import CACHE, cache_bytes
 from rtpurbo.calibration import calibrate
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
@@ -192,7 +192,7 @@ def test_decode_measures_what_the_cache_holds(model, indexed, tokenizer, source)
                 found[name] = measure_decode(ready, tokens, new_tokens=3)
                 cache = DynamicCache(config=model.config)
                 with torch.no_grad():
-                    ready(tokens[None], past_key_values=cache)
+                    ready(tokens[None], **{CACHE: cache})
                 assert found[name]["cache_bytes"] == cache_bytes(cache)
     assert found["dense"]["cache_bytes"] == 2 * 2 * 2 * 300 * 64 * 4  # k and v, layers, KV heads, tokens, dimensions, bytes
     assert found["sparse"]["cache_bytes"] < 0.6 * found["dense"]["cache_bytes"]

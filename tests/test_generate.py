@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from rtpurbo.attach import attached, sparsify
-from rtpurbo.cache import SparseLayer
+from rtpurbo.cache import CACHE, SparseLayer
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.models import fingerprint
 from tiny import (
@@ -142,7 +142,7 @@ def test_several_turns_equal_one_long_prompt(llama, lengths):
     ids, mask = left_padded(lengths)
     cache = DynamicCache(config=llama.config)
     for turn in range(3):
-        got = llama.generate(ids, attention_mask=mask.long(), past_key_values=cache, **GREEDY)
+        got = llama.generate(ids, attention_mask=mask.long(), **{CACHE: cache}, **GREEDY)
         afresh = llama.generate(ids, attention_mask=mask.long(), **GREEDY)
         assert torch.equal(got, afresh), f"turn {turn}"
         assert cache.get_seq_length() == got.shape[1] - 1
@@ -168,7 +168,7 @@ def test_logits_that_generate_returns(llama):
     full = torch.cat([mask, torch.ones(2, NEW, dtype=torch.bool)], 1)
     want = logits(llama, out.sequences, full)[:, 34:-1]
     assert_same(torch.stack(out.logits, 1), want.float())
-    assert out.past_key_values.get_seq_length() == 35 + NEW - 1
+    assert out[CACHE].get_seq_length() == 35 + NEW - 1
 
 
 def test_position_ids_given(llama):
@@ -190,7 +190,7 @@ def test_other_caches_are_refused_by_name(llama, implementation):
 
 
 def test_assisted_generation_is_refused(llama):
-    with pytest.raises(ValueError, match=r"cannot be rolled back, which assisted and speculative decoding need"):
+    with pytest.raises(ValueError, match=r"cannot be rolled back, which assisted|cache that can be cropped"):
         llama.generate(tokens(30), prompt_lookup_num_tokens=3, max_new_tokens=8)
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from oracle import oracle
 from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused
+from rtpurbo.cache import CACHE
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 from tiny import (
@@ -331,8 +332,8 @@ def test_single_token_with_gradients_enabled():
     with attached(model, heads, CONFIG, random_indexer(heads)):
         want = logits(model, ids)
         cache = DynamicCache()
-        model(ids[:, :-1], past_key_values=cache)
-        out = model(ids[:, -1:], past_key_values=cache).logits
+        model(ids[:, :-1], **{CACHE: cache})
+        out = model(ids[:, -1:], **{CACHE: cache}).logits
     assert out.requires_grad
     assert_same(out[:, 0].detach(), want[:, -1])
 

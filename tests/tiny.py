@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
+from rtpurbo.cache import CACHE
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import make_indexer
@@ -174,7 +175,7 @@ def logits(model, ids: Tensor, mask: Tensor | None = None, chunks: list[int] | N
             ids[:, start:stop],
             attention_mask=here,
             position_ids=places[:, start:stop],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
         out.append(piece.logits)

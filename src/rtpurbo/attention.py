@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -102,14 +103,15 @@ def sparse_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values=None,
+    cache: Cache | None = None,
+    past_key_values: Cache | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Forward of a converted attention module: hidden states [B, T, hidden] -> ([B, T, hidden], None).
 
     Args:
         attention_mask: [B, N] bool padding mask, False for padding, or None (see `mask_interface`).
-        past_key_values: a DynamicCache, or None.
+        cache: a DynamicCache, or None; `past_key_values` before Transformers 5.24.
     """
     state: LayerState = self.rtpurbo  # type: ignore[assignment]
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -128,25 +130,26 @@ def sparse_forward(
     selects = indexer is not None and state.config.top_p < 1.0
     index_k = indexer.project_keys(k_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
 
-    cache = None if past_key_values is None else sparse_layer(past_key_values, state.layer, state.new_cache_layer)
-    if cache is not None:
-        cache.append(k, v, index_k, attention_mask)
-    length = cache.get_seq_length() if cache is not None else k.shape[2]
+    whole = cache if cache is not None else past_key_values
+    layer = None if whole is None else sparse_layer(whole, state.layer, state.new_cache_layer)
+    if layer is not None:
+        layer.append(k, v, index_k, attention_mask)
+    length = layer.get_seq_length() if layer is not None else k.shape[2]
     real = None if attention_mask is None else attention_mask[:, :length]
     short = length <= state.config.window_tokens + state.config.sink_tokens
     if short or (not state.local and not selects):
-        k_all, v_all = cache.all_heads() if cache is not None else (k, v)
+        k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         mask = _dense_mask(q.shape[2], length, real, q.device)
         dropout = self.attention_dropout if self.training else 0.0
         out, _ = sdpa_attention_forward(self, q, k_all, v_all, mask, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
         out = out.transpose(1, 2)
     else:
-        view = cache.view(real) if cache else split_heads(k, v, index_k, state.new_cache_layer(), real)
+        view = layer.view(real) if layer is not None else split_heads(k, v, index_k, state.new_cache_layer(), real)
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
-    if cache is not None:
-        cache.drop(real)
+    if layer is not None:
+        layer.drop(real)
     return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
 
 

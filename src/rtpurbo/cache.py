@@ -9,14 +9,19 @@ Shapes: B batch, Hkv KV heads, N slots so far, D head dimension, U index units, 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from .ops.reference import sink_slots
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What models, `generate` and their outputs call the cache; renamed in Transformers 5.24."""
 
 
 class TokenBuffer:
@@ -276,7 +281,7 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
         got = f"{type(cache).__name__}{' with offloading' if offloading else ''}"
         raise ValueError(
             f"A sparse model needs a transformers DynamicCache without offloading, got {got}. "
-            "Leave cache_implementation unset or pass past_key_values=DynamicCache()."
+            f"Leave cache_implementation unset or pass {CACHE}=DynamicCache()."
         )
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
@@ -293,7 +298,7 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
     if not isinstance(layer, SparseLayer) and type(layer) is not DynamicLayer:
         raise ValueError(
             f"Layer {layer_idx} of this cache is a {type(layer).__name__}; a sparse model needs a DynamicLayer there. "
-            "Pass past_key_values=DynamicCache(config=model.config)."
+            f"Pass {CACHE}=DynamicCache(config=model.config)."
         )
     cache.layers[layer_idx] = empty
     return empty

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,7 @@ def stream(
     import torch
     from transformers import DynamicCache, TextStreamer
 
-    from .cache import cache_bytes
+    from .cache import CACHE, cache_bytes
     from .families import context_tokens
 
     context = context_tokens(model)
@@ -282,7 +283,7 @@ def stream(
     out = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -481,6 +482,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:  # how the libraries below talk to each other is not the user's business
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="rtpurbo", description=__doc__)
         result = command.run()

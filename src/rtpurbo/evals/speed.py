@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..cache import cache_bytes
+from ..cache import CACHE, cache_bytes
 
 PREFILL_CHUNK_TOKENS = 2048
 
@@ -34,13 +34,13 @@ def measure_decode(model: Any, tokens: Tensor, *, new_tokens: int) -> dict[str, 
     begin = _now(model.device)
     for start in range(0, ids.shape[1], PREFILL_CHUNK_TOKENS):
         piece = ids[:, start : start + PREFILL_CHUNK_TOKENS]
-        logits = model(piece, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(piece, **{CACHE: cache}, logits_to_keep=1).logits
     prefill = _now(model.device) - begin
     held = cache_bytes(cache)
     times = []
     for _ in range(new_tokens):
         begin = _now(model.device)
-        logits = model(logits[:, -1:].argmax(-1), past_key_values=cache, logits_to_keep=1).logits
+        logits = model(logits[:, -1:].argmax(-1), **{CACHE: cache}, logits_to_keep=1).logits
         times.append(_now(model.device) - begin)
     return {
         "length_tokens": float(ids.shape[1]),
