@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -18,8 +19,10 @@ import torch
 import transformers
 
 import rtpurbo
+from rtpurbo.checkpoint import WORK_DIR
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from rtpurbo.models import load_model
+from rtpurbo.training import METRICS_FILE
 
 
 def environment() -> dict:
@@ -36,38 +39,8 @@ def environment() -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", default="smollm2_8k_group")
-    parser.add_argument("--granularity", default="group")
-    parser.add_argument("--train", nargs="+", required=True)
-    parser.add_argument("--dev", nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--calibrate-documents", type=int, default=24)
-    parser.add_argument("--index-steps", type=int, default=600)
-    parser.add_argument("--index-documents", type=int, default=192)
-    parser.add_argument("--distill-steps", type=int, default=400)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-4, help="of the distillation")
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--other-samples", type=int, default=100)
-    parser.add_argument("--stage-1-samples", type=int, default=100, help="needle questions after stage 1")
-    parser.add_argument("--loss-documents", type=int, default=16)
-    parser.add_argument("--far-share", type=float, default=0.088, help="choose the largest p that selects at most this")
-    parser.add_argument("--commit", default=None)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    args.output.mkdir(parents=True, exist_ok=True)
-    begin, seconds = time.time(), {}
-
-    def finished(what: str, **numbers: object) -> None:
-        seconds[what] = round(time.time() - begin - sum(seconds.values()), 1)
-        print(f"[{time.time() - begin:6.1f} s] {what}", json.dumps(numbers), flush=True)
-
-    model, tokenizer = load_model(args.model)
-    lengths = (args.length // 4, args.length // 2, args.length)
+def stages_0_and_1(args, model, tokenizer, lengths: tuple[int, ...], finished) -> rtpurbo.Artifact:
+    """Calibration and index training, with the largest p that selects at most the wanted share of far tokens."""
     artifact = rtpurbo.calibrate(
         model,
         tokenizer,
@@ -87,7 +60,6 @@ def main() -> None:
         args.train,
         IndexerConfig(
             steps=args.index_steps,
-            learning_rate=1e-2,
             length_tokens=args.length,
             documents=args.index_documents,
             capture_gib=24,
@@ -102,7 +74,47 @@ def main() -> None:
     )
     curve = metrics["curve"]
     top_p = max((c["top_p"] for c in curve if c["far_selected_ratio"] <= args.far_share), default=curve[0]["top_p"])
-    artifact = dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, top_p=top_p))
+    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, top_p=top_p))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--name", default="smollm2_8k_group")
+    parser.add_argument("--granularity", default="group")
+    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--dev", nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--calibrate-documents", type=int, default=24)
+    parser.add_argument("--index-steps", type=int, default=600)
+    parser.add_argument("--index-documents", type=int, default=192)
+    parser.add_argument("--distill-steps", type=int, default=600)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the distillation")
+    parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")
+    parser.add_argument("--artifact", default=None, help="go on from this artefact of stage 1")
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--other-samples", type=int, default=100)
+    parser.add_argument("--stage-1-samples", type=int, default=100, help="needle questions after stage 1")
+    parser.add_argument("--loss-documents", type=int, default=16)
+    parser.add_argument("--far-share", type=float, default=0.1, help="choose the largest p that selects at most this")
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    args.output.mkdir(parents=True, exist_ok=True)
+    begin, seconds = time.time(), {}
+
+    def finished(what: str, **numbers: object) -> None:
+        seconds[what] = round(time.time() - begin - sum(seconds.values()), 1)
+        print(f"[{time.time() - begin:6.1f} s] {what}", json.dumps(numbers), flush=True)
+
+    model, tokenizer = load_model(args.model)
+    lengths = (args.length // 4, args.length // 2, args.length)
+    if args.artifact:
+        artifact = rtpurbo.Artifact.load(args.artifact)
+    else:
+        artifact = stages_0_and_1(args, model, tokenizer, lengths, finished)
     prose, code = args.dev[:1], args.dev[1:]
     result: dict = {"environment": {**environment(), "commit": args.commit or environment()["commit"]}, "evaluation": {}}
 
@@ -133,15 +145,16 @@ def main() -> None:
         if code:
             measure(f"{part}, code", of, code, (), loss_documents=half, **none)
 
-    for unit in ("head", "group"):  # both ways to choose, nothing trained: dense retrieval heads and windows
-        heads = rtpurbo.HeadMap.from_scores(
-            artifact.stages["calibrate"]["metrics"]["scores"],
-            kv_heads=artifact.heads.kv_heads,
-            granularity=unit,
-            ratio=artifact.stages["calibrate"]["settings"]["retrieval_ratio"],
-        )
-        glance(f"{unit}s chosen", dataclasses.replace(artifact, heads=heads, indexer=None), args.stage_1_samples // 2)
-    glance("after stage 1", artifact, args.stage_1_samples)
+    if not args.artifact:
+        for unit in ("head", "group"):  # both ways to choose, nothing trained: dense retrieval heads and windows
+            heads = rtpurbo.HeadMap.from_scores(
+                artifact.stages["calibrate"]["metrics"]["scores"],
+                kv_heads=artifact.heads.kv_heads,
+                granularity=unit,
+                ratio=artifact.stages["calibrate"]["settings"]["retrieval_ratio"],
+            )
+            glance(f"{unit}s chosen", dataclasses.replace(artifact, heads=heads, indexer=None), args.stage_1_samples // 2)
+        glance("after stage 1", artifact, args.stage_1_samples)
     if args.distill_steps:
         artifact = rtpurbo.distill(
             model,
@@ -151,12 +164,17 @@ def main() -> None:
             DistillConfig(
                 steps=args.distill_steps,
                 learning_rate=args.learning_rate,
+                batch_size=args.batch_size,
                 length_tokens=args.length,
                 gradient_checkpointing=False,
             ),
+            work=args.output / WORK_DIR,
         )
+        shutil.copy(args.output / WORK_DIR / METRICS_FILE, args.output / f"{args.name}_{METRICS_FILE}")
         finished("distill", **artifact.stages["distill"]["metrics"])
     artifact.save(args.output / args.name)
+    artifact = rtpurbo.Artifact.load(args.output / args.name)
+    shutil.rmtree(args.output / WORK_DIR, ignore_errors=True)
     measure(
         "main", artifact, prose, ("single",), samples=args.samples, loss_documents=args.loss_documents,
         fidelity_documents=8, decode_tokens=32,

@@ -15,7 +15,7 @@ from rtpurbo import distillation
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.config import DistillConfig, IndexerConfig
 from rtpurbo.data import documents, mixed_document
-from rtpurbo.distillation import distill, top_kl, training_example
+from rtpurbo.distillation import HELD_OUT_DOCUMENTS, distill, top_kl, training_batch
 from rtpurbo.evals.compare import both
 from rtpurbo.generate import load
 from rtpurbo.indexer_training import train_indexer
@@ -40,11 +40,12 @@ def made(model, tokenizer, source):
 
 @pytest.fixture
 def loss_inputs(monkeypatch):
-    """(student logits, teacher logits) of every call of the loss."""
+    """(student logits, teacher logits) of every call of the loss in training."""
     seen = []
 
     def watch(student, teacher, top):
-        seen.append((student.detach().clone(), teacher.clone()))
+        if torch.is_grad_enabled():
+            seen.append((student.detach().clone(), teacher.clone()))
         return top_kl(student, teacher, top)
 
     monkeypatch.setattr(distillation, "top_kl", watch)
@@ -121,6 +122,14 @@ def test_top_kl_does_not_care_how_the_rest_is_spread_but_how_much_it_is():
 
 
 # Examples
+
+
+def training_example(document, tokenizer, config, turn, shortest_tokens):
+    """The batch of one document."""
+    tokens, labels, weights = training_batch(
+        [document], tokenizer, config, step=turn, first=turn, shortest_tokens=shortest_tokens
+    )
+    return tokens[0], labels, weights[0]
 
 
 def test_examples_carry_questions_at_the_asked_share(tokenizer, source):
@@ -292,18 +301,60 @@ def test_checkpointing_recomputes_every_layer(model, made, tokenizer, source, mo
             config = dataclasses.replace(CONFIG, steps=1, gradient_checkpointing=on, save_every=0)
             distill(model, tokenizer, made, [source], config)
             assert sum(runs) == times
-            assert len(runs) - sum(runs) == 1  # the teacher
+            held_out = 2 * 2 * HELD_OUT_DOCUMENTS  # before and after, teacher and student
+            assert len(runs) - sum(runs) == 1 + held_out  # the teacher
     finally:
         hook.remove()
 
 
-def test_batch_of_two_is_the_mean_of_two_turns(model, made, tokenizer, source):
+def test_a_batch_weighs_every_document_alike(tokenizer, source):
+    texts = documents([source], tokenizer, length_tokens=256, count=3, seed=1)
+    config = dataclasses.replace(CONFIG, retrieval_ratio=0.5, answer_weight=0.25)
+    cut = set()
+    for turn in range(12):
+        tokens, labels, weights = training_batch(texts, tokenizer, config, step=turn, first=7, shortest_tokens=128)
+        cut.add(tokens.shape[1])
+        assert tokens.shape[0] == weights.shape[0] == 3
+        assert labels.tolist() == sorted(set(labels.tolist()))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3))
+        for i, text in enumerate(texts):
+            part = text[: tokens.shape[1]]
+            row, answers = mixed_document(part, tokenizer, retrieval_ratio=0.5, seed=f"{config.seed}:{7 + i}")
+            assert torch.equal(tokens[i], row)
+            assert set(answers) <= set(labels.tolist())
+            alone = training_batch([text], tokenizer, config, step=turn, first=7 + i, shortest_tokens=128)
+            mine = weights[i] > 0
+            assert torch.equal(labels[mine], alone[1])
+            torch.testing.assert_close(weights[i][mine], alone[2][0])
+            mine = weights[i][torch.isin(labels, torch.tensor(answers, dtype=torch.long))]
+            assert mine.sum().item() == pytest.approx(0.25 if answers else 0.0)
+    assert cut == {256, 128}
+
+
+def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, source, loss_inputs):
     config = dataclasses.replace(CONFIG, steps=1, batch_size=2, save_every=0)
     both = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
-    config = dataclasses.replace(CONFIG, steps=2, learning_rate=1e-12, save_every=0)
-    single = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
-    want = (single["loss_first"] + single["loss_last"]) / 2
-    assert both["loss_first"] == pytest.approx(want, rel=1e-4)
+    texts = documents([source], tokenizer, length_tokens=LENGTH, count=2, seed=config.seed + 1)
+    tokens, labels, weights = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
+    means = []
+    with torch.no_grad():
+        for row, weight in zip(tokens, weights, strict=True):
+            dense = model(row[None]).logits[0, labels]
+            with attached(model, made.heads, made.config, made.indexer):
+                sparse = model(row[None]).logits[0, labels]
+            means.append((brute_force_kl(sparse, dense, 10) * weight).sum().item())
+    assert both["loss_first"] == pytest.approx(sum(means) / 2, rel=1e-3)
+
+
+def test_harm_is_noted(model, made, tokenizer, source):
+    good = dataclasses.replace(CONFIG, steps=60, learning_rate=1e-2, labels=100, retrieval_ratio=0.0, save_every=0)
+    metrics = distill(model, tokenizer, made, [source], good).stages["distill"]["metrics"]
+    assert metrics["held_out_kl_after"] < metrics["held_out_kl_before"]
+    assert metrics["notes"] == []
+    bad = dataclasses.replace(good, steps=20, learning_rate=0.5)
+    metrics = distill(model, tokenizer, made, [source], bad).stages["distill"]["metrics"]
+    assert metrics["held_out_kl_after"] > metrics["held_out_kl_before"]
+    assert metrics["notes"][0].startswith("Distillation did harm: KL to the dense model on held-out documents ")
 
 
 # What is saved
@@ -371,8 +422,12 @@ def test_resume_is_bitwise_the_same(model, made, tokenizer, source, tmp_path, mo
     want = distill(model, tokenizer, made, [source], config)
     calls = []
 
+    def counting(*args):
+        calls.extend([1] * torch.is_grad_enabled())  # not the held-out documents
+        return top_kl(*args)
+
     def killing(*args):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())
         if len(calls) > kill_at:
             raise Killed
         return top_kl(*args)
@@ -382,7 +437,7 @@ def test_resume_is_bitwise_the_same(model, made, tokenizer, source, tmp_path, mo
         with pytest.raises(Killed):
             distill(model, tokenizer, made, [source], config, work=tmp_path)
     calls.clear()
-    monkeypatch.setattr(distillation, "top_kl", lambda *args: calls.append(1) or top_kl(*args))
+    monkeypatch.setattr(distillation, "top_kl", counting)
     got = distill(model, tokenizer, made, [source], config, work=tmp_path)
     assert len(calls) == config.steps - kill_at // 2 * 2
     assert_same_weights(got, want)
@@ -421,7 +476,7 @@ def test_nan_names_the_step_and_gives_the_model_back(made, tokenizer, source, tm
     before, calls = everything_of(model), []
 
     def bad(student, teacher, top):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())
         return top_kl(student, teacher, top) * (math.nan if len(calls) == 4 else 1)
 
     monkeypatch.setattr(distillation, "top_kl", bad)

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import ops
-from .cache import KeyValues, SparseLayer, gather_slots, sparse_layer, split_heads
+from .cache import KeyValues, SparseLayer, gather_slots, pick_heads, sparse_layer, split_heads
 from .config import SparseConfig
 from .heads import HeadMap
 from .indexer import LayerIndexer
@@ -163,22 +163,24 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
     """Attend with many queries: [B, Hq, T, D] -> [B, Hq, T, D]."""
-    out = torch.empty_like(q)
     window = state.config.window_tokens
+    parts = []
     if state.retrieval:
         rows = [row for row in state.unit_rows for _ in range(state.heads.heads_per_unit)]
-        out[:, state.retrieval] = ops.retrieval_attention(
-            q[:, state.retrieval],
-            kv.full_k[:, rows],
-            kv.full_v[:, rows],
-            index_q,
-            kv.index_k,
-            heads_per_unit=state.heads.heads_per_unit,
-            sinks=kv.sinks,
-            window_tokens=window,
-            top_p=state.config.top_p,
-            scaling=scaling,
-            real=real,
+        parts.append(
+            ops.retrieval_attention(
+                pick_heads(q, state.retrieval),
+                pick_heads(kv.full_k, rows),
+                pick_heads(kv.full_v, rows),
+                index_q,
+                kv.index_k,
+                heads_per_unit=state.heads.heads_per_unit,
+                sinks=kv.sinks,
+                window_tokens=window,
+                top_p=state.config.top_p,
+                scaling=scaling,
+                real=real,
+            )
         )
     if state.local:
         # local query heads read local KV heads first, then full ones
@@ -194,19 +196,22 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
             full_sinks = (gather_slots(x, kv.sinks) for x in (kv.full_k, kv.full_v))
             sink_k, sink_v = (torch.cat(pair, 1) for pair in zip((sink_k, sink_v), full_sinks, strict=True))
             k, v = (torch.cat([x, y[:, :, first:]], 1) for x, y in ((k, kv.full_k), (v, kv.full_v)))
-        out[:, state.local] = ops.window_attention(
-            q[:, state.local],
-            k[:, rows],
-            v[:, rows],
-            sink_k[:, rows],
-            sink_v[:, rows],
-            first_slot=first,
-            sinks=kv.sinks,
-            window_tokens=window,
-            scaling=scaling,
-            real=real,
+        parts.append(
+            ops.window_attention(
+                pick_heads(q, state.local),
+                pick_heads(k, rows),
+                pick_heads(v, rows),
+                pick_heads(sink_k, rows),
+                pick_heads(sink_v, rows),
+                first_slot=first,
+                sinks=kv.sinks,
+                window_tokens=window,
+                scaling=scaling,
+                real=real,
+            )
         )
-    return out
+    order = [*state.retrieval, *state.local]
+    return pick_heads(torch.cat(parts, 1).to(q.dtype), [order.index(h) for h in range(len(order))])
 
 
 def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,6 +92,17 @@ class KeyValues:
     """[B, U, N, d]"""
 
 
+@lru_cache(maxsize=4096)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the same tensor serves training and inference
+        return torch.tensor(heads, dtype=torch.long, device=device)
+
+
+def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
+    """x[:, heads], by an index that stays on the device: a list would be copied there, and waited for, each time."""
+    return x.index_select(1, _head_index(tuple(heads), x.device))
+
+
 def gather_slots(tokens: Tensor, slots: Tensor) -> Tensor:
     """tokens [B, H, N, D] at slots [B or 1, S] (clamped to 0 where -1) -> [B, H, S, D]."""
     index = slots.clamp(min=0)[:, None, :, None].expand(tokens.shape[0], tokens.shape[1], -1, tokens.shape[3])
@@ -139,8 +151,8 @@ class SparseLayer(CacheLayerMixin):
             )
         new = {"index_k": index_k} if index_k is not None else {}
         if self.is_split:
-            new |= {"full_k": k[:, self.full_heads], "full_v": v[:, self.full_heads]}
-            new |= {"local_k": k[:, self.local_heads], "local_v": v[:, self.local_heads]}
+            new |= {"full_k": pick_heads(k, self.full_heads), "full_v": pick_heads(v, self.full_heads)}
+            new |= {"local_k": pick_heads(k, self.local_heads), "local_v": pick_heads(v, self.local_heads)}
             self._late_sinks(new["local_k"], new["local_v"], real)
         else:
             new |= {"k": k, "v": v}
@@ -257,10 +269,10 @@ class SparseLayer(CacheLayerMixin):
 def split_heads(k: Tensor, v: Tensor, index_k: Tensor | None, layer: SparseLayer, real: Tensor | None) -> KeyValues:
     """The view of keys and values [B, Hkv, N, D] that hold every head and slot."""
     sinks = sink_slots(real, layer.sink_tokens, device=k.device)
-    local_k, local_v = k[:, layer.local_heads], v[:, layer.local_heads]
+    local_k, local_v = pick_heads(k, layer.local_heads), pick_heads(v, layer.local_heads)
     return KeyValues(
-        k[:, layer.full_heads],
-        v[:, layer.full_heads],
+        pick_heads(k, layer.full_heads),
+        pick_heads(v, layer.full_heads),
         local_k,
         local_v,
         0,

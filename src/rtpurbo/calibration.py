@@ -89,7 +89,9 @@ def calibrate(
         n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=config.seed) for n in lengths
     }
     for length, i in track(plan, total=len(plan), what="Calibrating on documents"):
-        scores.append(score_document(model, tokenizer, texts[length][i], texts[length][i + 1], sparse, config, index=i))
+        at = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
+        document, other = (texts[length][n % len(texts[length])] for n in (at, at + 1))
+        scores.append(score_document(model, tokenizer, document, other, sparse, config, index=i))
     usable = [n for n in lengths if _mean_copied(scores, n) >= CAN_COPY]
     notes = []
     if not usable:

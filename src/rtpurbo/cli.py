@@ -478,7 +478,7 @@ def _table(artifact: Any, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: run a command; 0, or 1 with one sentence on standard error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -104,8 +104,12 @@ class TrainConfig:
     """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
     length_tokens: int = 0
     """Length of a training document in tokens; 0: the model's context (at most 32768)."""
+    shortest_tokens: int = 0
+    """Half of the documents are cut to a half or a quarter, but not below this; 0: two windows and sinks, at least 512."""
+    retrieval_ratio: float = 0.5
+    """Share of documents that carry synthetic retrieval questions or a repeated span."""
     batch_size: int = 1
-    """Documents per step and process."""
+    """Documents per step and process; stage 2 runs them in one forward pass."""
     save_every: int = 50
     """Steps between two saved states, from which a killed run goes on; 0 saves none."""
     seed: int = 0
@@ -115,6 +119,8 @@ class TrainConfig:
         _require(self.steps >= 0, "steps", "0 or more", self.steps)
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
         _require(self.length_tokens >= 0, "length_tokens", "0 or more tokens", self.length_tokens)
+        _require(self.shortest_tokens >= 0, "shortest_tokens", "0 or more tokens", self.shortest_tokens)
+        _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.save_every >= 0, "save_every", "0 or more steps", self.save_every)
 
@@ -147,7 +153,6 @@ class IndexerConfig(TrainConfig):
         _require(self.queries >= 1, "queries", "at least 1", self.queries)
         _require(self.start in ("closed_form", "random"), "start", "'closed_form' or 'random'", self.start)
         _require(self.documents >= 1, "documents", "at least 1", self.documents)
-        _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
         target = self.mass_target
         _require(target is None or 0.0 < target < 1.0, "mass_target", "in (0, 1)", target)
 
@@ -166,8 +171,6 @@ class DistillConfig(TrainConfig):
     """Train a PEFT LoRA adapter, or all weights."""
     lora_rank: int = 16
     """Rank of the LoRA adapter on the attention projections."""
-    retrieval_ratio: float = 0.5
-    """Share of documents that carry synthetic retrieval questions or a repeated span."""
     answer_weight: float = 0.25
     """Weight of a document's synthetic answers in its loss; the other labels share the rest."""
     gradient_checkpointing: bool = True
@@ -179,7 +182,6 @@ class DistillConfig(TrainConfig):
         _require(self.top_logits >= 1, "top_logits", "at least 1", self.top_logits)
         _require(self.weights in ("lora", "full"), "weights", "'lora' or 'full'", self.weights)
         _require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
-        _require(0.0 <= self.retrieval_ratio <= 1.0, "retrieval_ratio", "in [0, 1]", self.retrieval_ratio)
         _require(0.0 <= self.answer_weight <= 1.0, "answer_weight", "in [0, 1]", self.answer_weight)
 
 

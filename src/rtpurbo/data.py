@@ -19,14 +19,18 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .config import SparseConfig, TrainConfig
+
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 _SHORTEST_DOCSTRING = 200  # characters
+_TEXTS_AT_ONCE = 32  # a tokenizer works on them in parallel
 _MAX_PACKAGE_BYTES = 1 << 20  # of one directory's source; longer ones are cut into several texts
 
 
@@ -144,6 +148,16 @@ def documents(
     return mixed
 
 
+def _encoded(texts: list[str], tokenizer: Any, *, span: int, at_once: int, rng: random.Random) -> Iterator[list[int]]:
+    """Token ids of a random piece of every text, `span` characters (enough for prose and code), several at a time."""
+    for first in range(0, len(texts), at_once):
+        pieces = []
+        for text in texts[first : first + at_once]:
+            start = rng.randrange(max(1, len(text) - span + 1))
+            pieces.append(text[start : start + span])
+        yield from tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids
+
+
 def _source_documents(source: str, tokenizer: Any, prefix: list[int], length: int, count: int, seed: int) -> list[Tensor]:
     rng = random.Random(f"{seed}:{source}")
     texts = read_source(source)
@@ -154,10 +168,7 @@ def _source_documents(source: str, tokenizer: Any, prefix: list[int], length: in
     while before < len(found):  # a long text gives another span in every pass
         before = len(found)
         rng.shuffle(texts)
-        for text in texts:
-            span = body * 6  # characters; enough for prose and code, more is joined with the next text
-            start = rng.randrange(max(1, len(text) - span + 1))
-            ids = tokenizer(text[start : start + span], add_special_tokens=False, verbose=False).input_ids
+        for ids in _encoded(texts, tokenizer, span=body * 6, at_once=min(count, _TEXTS_AT_ONCE), rng=rng):
             if len(ids) < body:
                 joined += ids
                 if len(joined) < body:
@@ -380,6 +391,23 @@ def check_room(length: int, tokenizer: Any) -> None:
     for i, template in enumerate(TRAINING_TEMPLATES * 4):
         document = torch.zeros(length, dtype=torch.long)
         retrieval_sample(document, tokenizer, kind="multi_query", depth=0.5, seed=str(i), template=template)
+
+
+SHORTEST_TOKENS = 512
+"""No training document is cut below this, nor below two windows."""
+
+
+def shortest_document(config: TrainConfig, sparse: SparseConfig, length: int, tokenizer: Any) -> int:
+    """Tokens below which a stage cuts no document; ValueError when they leave no room for its questions."""
+    shortest = config.shortest_tokens or max(SHORTEST_TOKENS, 2 * (sparse.window_tokens + sparse.sink_tokens))
+    if config.retrieval_ratio:
+        check_room(min(length, shortest), tokenizer)
+    return shortest
+
+
+def shorter(document: Tensor, *, shortest_tokens: int, rng: random.Random) -> Tensor:
+    """Half of all documents as they are, the others cut to a half or a quarter, so that short contexts count too."""
+    return document[: max(len(document) // rng.choice((1, 1, 2, 4)), shortest_tokens)]
 
 
 def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int]]:

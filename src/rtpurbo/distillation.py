@@ -8,6 +8,7 @@
    Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
    so that no mass leaks out of the ten.
 4. No gradient flows through the selection; the index stays as stage 1 left it.
+5. Held-out documents of the same mix say whether the KL fell; a stage that did harm says so in its notes.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint
 from .config import DistillConfig
-from .data import check_room, documents, mixed_document
+from .data import documents, mixed_document, shorter, shortest_document
 from .families import document_length
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-SHORTEST_TOKENS = 512
-"""No document is cut below this, nor below two windows."""
+MOST_DOCUMENTS = 2048
+"""Different training documents; longer runs see them again, cut and labelled otherwise."""
+HELD_OUT_DOCUMENTS = 4
 
 
 def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
@@ -55,21 +58,38 @@ def _log_rest(log_top: Tensor) -> Tensor:
     return torch.log1p(-log_top.exp().sum(-1).clamp(max=1 - 1e-6))
 
 
-def training_example(
-    document: Tensor, tokenizer: Any, config: DistillConfig, turn: int, shortest_tokens: int
+def training_batch(
+    texts: list[Tensor], tokenizer: Any, config: DistillConfig, *, step: int, first: int, shortest_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [length] of one turn, the positions [labels] whose next token is a label, and the labels' weights (sum 1)."""
-    rng = random.Random(f"{config.seed}:example:{turn}")
-    document = document[: max(len(document) // rng.choice((1, 1, 2, 4)), shortest_tokens)]
-    tokens, answers = mixed_document(
-        document, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:{turn}"
-    )
-    body = rng.sample(range(len(tokens) - 1), min(config.labels, len(tokens) - 1))
-    labels = sorted(set(body) | set(answers))
-    few = set(answers)
-    share = config.answer_weight if few and len(few) < len(labels) else float(bool(few))
-    weights = [share / len(few) if t in few else (1 - share) / (len(labels) - len(few)) for t in labels]
-    return tokens, torch.tensor(labels), torch.tensor(weights)
+    """What one forward pass learns from. A document's part does not depend on which others it is batched with.
+
+    Args:
+        texts: documents of one length.
+        step: decides the length that all are cut to, and the labels.
+        first: number of the first document in the whole run, which decides its question.
+
+    Returns:
+        tokens [B, length]; the positions [labels] whose next token is a label of some document; their weights
+        [B, labels], 0 for another document's answers, 1 in sum for each document.
+    """
+    rows: list[Tensor] = []
+    answers: list[set[int]] = []
+    for number, text in enumerate(texts, start=first):
+        text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}"))
+        seed = f"{config.seed}:{number}"
+        tokens, places = mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
+        rows.append(tokens)
+        answers.append(set(places))
+    length = len(rows[0])
+    body = set(random.Random(f"{config.seed}:labels:{step}").sample(range(length - 1), min(config.labels, length - 1)))
+    labels = sorted(body.union(*answers))
+    weights = []
+    for its in answers:
+        others = body - its
+        share = config.answer_weight if its and others else float(bool(its))
+        of_answer, of_other = share / max(1, len(its)), (1 - share) / max(1, len(others))
+        weights.append([of_answer if t in its else of_other if t in others else 0.0 for t in labels])
+    return torch.stack(rows), torch.tensor(labels), torch.tensor(weights)
 
 
 @gives_back
@@ -108,11 +128,11 @@ def distill(
         raise ValueError("Several processes need a directory `work`, the same for all of them.")
     check_fingerprint(model, artifact)
     length = document_length(model, config.length_tokens, artifact.config)
-    shortest_tokens = max(SHORTEST_TOKENS, 2 * (artifact.config.window_tokens + artifact.config.sink_tokens))
-    if config.retrieval_ratio:
-        check_room(min(length, shortest_tokens), tokenizer)
+    shortest_tokens = shortest_document(config, artifact.config, length, tokenizer)
     total = config.steps * config.batch_size * accelerator.num_processes
-    texts = documents(sources, tokenizer, length_tokens=length, count=max(1, min(total, 512)), seed=config.seed + 1)
+    count = max(1, min(total, MOST_DOCUMENTS))
+    texts = documents(sources, tokenizer, length_tokens=length, count=count + HELD_OUT_DOCUMENTS, seed=config.seed + 1)
+    texts, held_out = texts[:count], texts[count:]
     torch.manual_seed(config.seed)
     sharded = accelerator.num_processes > 1 and accelerator.is_fsdp2  # in place, so never the caller's model
     student = _student(copy.deepcopy(model) if sharded else model, config)
@@ -125,25 +145,40 @@ def distill(
         device = next(prepared.parameters()).device
         world, rank = accelerator.num_processes, accelerator.process_index
 
-        def step(number: int) -> dict[str, float]:
-            total_loss, agree = torch.zeros((), device=device), torch.zeros((), device=device)
-            for i in range(config.batch_size):
-                turn = (number * world + rank) * config.batch_size + i
-                tokens, labels, weights = training_example(
-                    texts[turn % len(texts)], tokenizer, config, turn, shortest_tokens
-                )
-                tokens, labels, weights = tokens[None].to(device), labels.to(device), weights.to(device)
-                want = _teach(model, student, prepared, config, tokens, labels)
-                with _autocast(device):
-                    got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
-                loss = (top_kl(got, want, config.top_logits) * weights).sum() / config.batch_size
-                accelerator.backward(loss)
-                total_loss += loss.detach()
-                agree += (got.argmax(-1) == want.argmax(-1)).float().mean() / config.batch_size
-            if world > 1:
-                total_loss, agree = (accelerator.reduce(x, reduction="mean") for x in (total_loss, agree))
-            return {"loss": float(total_loss), "top1_agreement": float(agree)}
+        def compare(some: list[Tensor], step: int, first: int) -> tuple[Tensor, Tensor]:
+            """Mean KL to the teacher on a batch, and the share of labels on which both prefer the same token."""
+            tokens, labels, weights = training_batch(
+                some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens
+            )
+            tokens, labels, weights = tokens.to(device), labels.to(device), weights.to(device)
+            want = _teach(model, student, prepared, config, tokens, labels)
+            with _autocast(device):
+                got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
+            same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
+            agree = (same.sum(-1) / (weights > 0).sum(-1)).mean()
+            kl = top_kl(got.flatten(0, 1), want.flatten(0, 1), config.top_logits)
+            return (kl * weights.flatten()).sum() / len(some), agree
 
+        @torch.no_grad()
+        def held_out_kl() -> float:
+            """Mean KL on the held-out documents; every process sees the same ones."""
+            found = [float(compare([text], -1 - i, -1 - i)[0]) for i, text in enumerate(held_out)]
+            for module in prepared.modules():
+                if isinstance(module, FSDPModule):  # it may leave weights whole, which no optimiser may see
+                    module.reshard()
+            return sum(found) / len(found)
+
+        def step(number: int) -> dict[str, float]:
+            first = (number * world + rank) * config.batch_size
+            some = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
+            loss, agree = compare(some, number, first)
+            accelerator.backward(loss)
+            loss = loss.detach()
+            if world > 1:
+                loss, agree = (accelerator.reduce(x, reduction="mean") for x in (loss, agree))
+            return {"loss": float(loss), "top1_agreement": float(agree)}
+
+        before = held_out_kl() if config.steps else 0.0
         history = train(
             prepared,
             step,
@@ -153,6 +188,7 @@ def distill(
             work=work,
             inputs=stage_inputs(artifact, sources),
         )
+        after = held_out_kl() if config.steps else 0.0
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
         accelerator.wait_for_everyone()
     finally:
@@ -166,11 +202,19 @@ def distill(
     if history:
         tail = history[-max(1, len(history) // 10) :]
         metrics = {
+            "held_out_kl_before": before,
+            "held_out_kl_after": after,
             "loss_first": history[0]["loss"],
             "loss_last": sum(r["loss"] for r in tail) / len(tail),
             "top1_agreement_first": history[0]["top1_agreement"],
             "top1_agreement_last": sum(r["top1_agreement"] for r in tail) / len(tail),
+            "notes": [],
         }
+        if after > before:
+            metrics["notes"].append(
+                f"Distillation did harm: KL to the dense model on held-out documents {before:.3g} -> {after:.3g}. "
+                "Use a lower --learning-rate, more steps, or the artefact without this stage."
+            )
     return artifact.with_stage("distill", config, metrics, weights_kind=config.weights, weights_path=weights)
 
 
@@ -191,12 +235,12 @@ def _student(model: Any, config: DistillConfig) -> Any:
 
 @torch.no_grad()
 def _teach(model: Any, student: Any, prepared: Any, config: DistillConfig, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Dense logits [labels, vocabulary]; with LoRA from the student's own weights, adapter off and attention dense."""
+    """Dense logits [B, labels, vocabulary]; with LoRA from the student's own weights, adapter off and attention dense."""
     if config.weights == "full":
         here = model.device
-        return model(input_ids=tokens.to(here), logits_to_keep=labels.to(here), use_cache=False).logits[0].to(tokens.device)
+        return model(input_ids=tokens.to(here), logits_to_keep=labels.to(here), use_cache=False).logits.to(tokens.device)
     with student.disable_adapter(), paused(student), _autocast(tokens.device):
-        return prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits[0]
+        return prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
 
 
 def _write_weights(

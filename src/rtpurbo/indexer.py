@@ -15,14 +15,17 @@ from .heads import HeadMap
 class LayerIndexer(nn.Module):
     """Index projections of one layer: `query` [U, d, S*D] and `key` [U, d, D], without bias."""
 
+    query_heads: Tensor
+    kv_heads: Tensor
+
     def __init__(self, heads: HeadMap, layer: int, *, head_dim: int, index_dim: int):
         super().__init__()
         if index_dim > head_dim:
             raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {index_dim}.")
         self.heads_per_unit = heads.heads_per_unit
-        self.query_heads = list(heads.retrieval_heads(layer))
-        self.kv_heads = list(heads.units(layer))
-        units, size = len(self.kv_heads), heads.heads_per_unit
+        self.register_buffer("query_heads", torch.tensor(heads.retrieval_heads(layer)), persistent=False)
+        self.register_buffer("kv_heads", torch.tensor(heads.units(layer)), persistent=False)
+        units, size = len(heads.units(layer)), heads.heads_per_unit
         self.query = nn.Parameter(torch.empty(units, index_dim, size * head_dim))
         self.key = nn.Parameter(torch.empty(units, index_dim, head_dim))
         self.reset_parameters()
@@ -34,7 +37,7 @@ class LayerIndexer(nn.Module):
 
     def unit_queries(self, q_pre: Tensor) -> Tensor:
         """The query heads of every unit side by side: [B, Hq, T, D] -> [B, U, T, S*D]."""
-        q = q_pre[:, self.query_heads].unflatten(1, (-1, self.heads_per_unit))  # [B, U, S, T, D]
+        q = q_pre.index_select(1, self.query_heads).unflatten(1, (-1, self.heads_per_unit))  # [B, U, S, T, D]
         return q.transpose(2, 3).flatten(3)
 
     def project_queries(self, q_pre: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ class LayerIndexer(nn.Module):
     def project_keys(self, k_pre: Tensor) -> Tensor:
         """Index keys [B, U, T, d] from pre-RoPE keys [B, Hkv, T, D]."""
         with torch.autocast(k_pre.device.type, enabled=False):
-            return torch.einsum("buti,udi->butd", k_pre[:, self.kv_heads].to(self.key.dtype), self.key)
+            return torch.einsum("buti,udi->butd", k_pre.index_select(1, self.kv_heads).to(self.key.dtype), self.key)
 
 
 def make_indexer(heads: HeadMap, *, head_dim: int, index_dim: int) -> nn.ModuleDict:

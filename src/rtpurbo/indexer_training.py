@@ -1,8 +1,9 @@
 """Stage 1: train the index (paper, section 3.2): train_indexer(model, tokenizer, artifact, ...) -> Artifact.
 
-1. Run the frozen dense model over a document; keep pre-RoPE and rotated queries and keys of the retrieval heads only
-   (queries at sampled positions). Captures stay in memory while they fit. Most documents carry a synthetic question or a
-   repeated span, whose answers' queries are always among the kept ones.
+1. Run the frozen dense model over documents, half of them cut to a half or a quarter of the length; keep pre-RoPE and
+   rotated queries and keys of the retrieval heads only (queries at sampled positions). Captures stay in memory while they
+   fit. Most documents carry a synthetic question or a repeated span, whose answers' queries are always among the kept
+   ones.
 2. Start from a closed form: the best rank-d approximation, in the whitened space of queries and keys, of the regression
    from pre-RoPE queries and keys to the attention logits.
 3. Each step: one document per process, a fresh sample of its queries; KL from the head's full attention to the softmax
@@ -27,7 +28,7 @@ from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
 from .config import IndexerConfig, SparseConfig
-from .data import documents, mixed_document
+from .data import documents, mixed_document, shorter, shortest_document
 from .families import document_length, head_counts
 from .heads import HeadMap
 from .indexer import LayerIndexer, indexer_from_state, make_indexer
@@ -160,7 +161,7 @@ def closed_form_start(indexer: nn.ModuleDict, captures: list[dict[int, Capture]]
             seen_count = seen.sum(-1, keepdim=True)
             logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
             q = layer.unit_queries(c.q_pre[None])[0].double()  # [U, m, S*D]
-            k = c.k_pre[layer.kv_heads].double()  # [U, N, D]
+            k = c.k_pre.index_select(0, layer.kv_heads).double()  # [U, N, D]
             k = k - k.mean(1, keepdim=True)
             query += q.mT @ q
             key += k.mT @ k
@@ -224,13 +225,17 @@ def train_indexer(
         sources, tokenizer, length_tokens=length, count=config.documents + MEASURED_DOCUMENTS, seed=config.seed
     )
     texts, measured = texts[:-MEASURED_DOCUMENTS], texts[-MEASURED_DOCUMENTS:]
-    mixed = [
-        mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=f"{config.seed}:index:{i}")
-        for i, text in enumerate(texts)
-    ]
-    end = range(max(0, length - QUESTION_TOKENS), length)
-    mixed = [(tokens, sorted({*answers, *end}) if answers else []) for tokens, answers in mixed]
-    kept = min(length, config.queries * CAPTURED_PER_STEP)
+    shortest_tokens = shortest_document(config, sparse, length, tokenizer)
+
+    def example(number: int) -> tuple[Tensor, list[int]]:
+        """Tokens of a training document, and the positions of question and answer, which every step uses."""
+        seed = f"{config.seed}:index:{number}"
+        text = shorter(texts[number], shortest_tokens=shortest_tokens, rng=random.Random(seed))
+        tokens, answers = mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
+        end = range(max(0, len(tokens) - QUESTION_TOKENS), len(tokens))
+        return tokens, sorted({*answers, *end}) if answers else []
+
+    mixed = [example(i) for i in range(len(texts))]
     store: dict[int, dict[int, Capture]] = {}
     held = 0
 
@@ -240,7 +245,8 @@ def train_indexer(
             return store[number]
         rng = random.Random(f"{config.seed}:rows:{number}")
         tokens, answers = mixed[number]
-        rows = torch.tensor(answers + rng.sample(range(length), kept))  # every step uses these answers
+        kept = min(len(tokens), config.queries * CAPTURED_PER_STEP)
+        rows = torch.tensor(answers + rng.sample(range(len(tokens)), kept))
         found = capture(model, tokens, rows, heads)
         size = sum(c.nbytes() for c in found.values())
         if held + size <= config.capture_gib * 2**30:
@@ -264,7 +270,8 @@ def train_indexer(
             found = fetch(document)
             rng = random.Random(f"{config.seed}:picks:{turn}")
             answers = len(mixed[document][1])
-            picks = list(range(answers)) + rng.sample(range(answers, answers + kept), min(config.queries, kept))
+            others = range(answers, answers + min(len(mixed[document][0]), config.queries * CAPTURED_PER_STEP))
+            picks = list(range(answers)) + rng.sample(others, min(config.queries, len(others)))
             for layer, whole in found.items():
                 c = whole.take(torch.tensor(picks, device=model.device))
                 with torch.no_grad():

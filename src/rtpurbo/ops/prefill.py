@@ -1,4 +1,6 @@
-"""Attention of many queries at once, in plain PyTorch, with gradients: no N x N tensor, work in bounded pieces.
+"""Attention of many queries at once, with gradients and without an N x N tensor.
+
+Triton kernels (`kernels.py`) where `backend` says so; else plain PyTorch in pieces of bounded size.
 
 Shapes: B batch, H query heads (keys and values already one per query head), T queries, N or L key slots,
 D head dimension, U index units, S query heads per unit, d index dimension. q's slots are the last T.
@@ -6,7 +8,9 @@ D head dimension, U index units, S query heads per unit, d index dimension. q's 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,33 @@ from torch.utils.checkpoint import checkpoint
 
 from .reference import keep_mask, near_slots, visible_scores, visible_slots
 from .select import top_p_threshold
+
+
+@cache
+def backend(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What computes prefill and training attention for such queries: ("triton" or "torch", why)."""
+    if device_type != "cuda":
+        return "torch", f"the device is {device_type}, the kernels need an NVIDIA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "the package triton is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "torch", "the GPU is older than Ampere"
+    from . import kernels
+
+    if dtype not in kernels.DTYPES:
+        return "torch", f"the dtype is {dtype}, the kernels take bfloat16 and float16"
+    if head_dim not in kernels.HEAD_DIMS:
+        return "torch", f"the head dimension is {head_dim}, the kernels take {', '.join(map(str, kernels.HEAD_DIMS))}"
+    return "triton", "kernels for this GPU, dtype and head dimension"
+
+
+def _kernels(q: Tensor):
+    """The module of kernels when they take `q`, else None."""
+    if q.device.type != "cuda" or backend("cuda", q.dtype, q.shape[-1])[0] != "triton":
+        return None
+    from . import kernels
+
+    return kernels
 
 
 def workspace_elements(device: torch.device) -> int:
@@ -56,9 +87,15 @@ def retrieval_attention(
     """
     batch, heads, queries, _ = q.shape
     slots = k.shape[2]
-    k_slots = torch.arange(slots, device=q.device)
-    if (index_q is None or top_p >= 1.0) and real is None and queries == slots:
+    index = (index_q, index_k) if index_q is not None and index_k is not None and top_p < 1.0 else None
+    if index is None and real is None and queries == slots:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    if kernels := _kernels(q):
+        return kernels.retrieval_attention(
+            q, k, v, index_q, index_k, heads_per_unit=heads_per_unit, sinks=sinks, window_tokens=window_tokens,
+            top_p=top_p, scaling=scaling, real=real,
+        )  # fmt: skip
+    k_slots = torch.arange(slots, device=q.device)
     rows = max(1, workspace_elements(q.device) // (batch * heads * slots))
     out = []
     for start in range(0, queries, rows):
@@ -66,17 +103,17 @@ def retrieval_attention(
         end = slots - queries + stop  # no query of this piece sees further
         q_slots = k_slots[slots - queries + start : end]
         seen_real = None if real is None else real[:, :end]
-        index: tuple[Tensor | None, Tensor | None] = (None, None)
+        seen_index: tuple[Tensor | None, Tensor | None] = (None, None)
         threshold = None
-        if index_q is not None and index_k is not None and top_p < 1.0:
-            index = index_q[:, :, start:stop], index_k[:, :, :end]
+        if index is not None:
+            seen_index = seen_q, seen_k = index[0][:, :, start:stop], index[1][:, :, :end]
             if torch.is_grad_enabled():  # found once; the backward pass only compares again
-                scores = visible_scores(*index, visible_slots(q_slots, k_slots[:end], seen_real))
+                scores = visible_scores(seen_q, seen_k, visible_slots(q_slots, k_slots[:end], seen_real))
                 threshold = top_p_threshold(scores, top_p)
                 del scores
 
         def attend(
-            q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, end=end, q_slots=q_slots, seen_real=seen_real, index=index,
+            q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, end=end, q_slots=q_slots, seen_real=seen_real, index=seen_index,
             threshold=threshold,
         ) -> Tensor:  # fmt: skip
             keep = keep_mask(
@@ -118,6 +155,11 @@ def window_attention(
     Returns:
         [B, H, T, D]
     """
+    if kernels := _kernels(q):
+        return kernels.window_attention(
+            q, k, v, sink_k, sink_v, first_slot=first_slot, sinks=sinks, window_tokens=window_tokens, scaling=scaling,
+            real=real,
+        )  # fmt: skip
     batch, heads, queries, _ = q.shape
     last = first_slot + k.shape[2]
     rows = min(queries, max(64, window_tokens // 2))  # queries per band

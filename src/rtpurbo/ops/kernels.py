@@ -1,0 +1,498 @@
+"""Triton kernels of `prefill`'s two operations, with gradients: exact flash attention under a mask made on the fly.
+
+What a query sees is decided tile by tile from slots, padding and index scores; nothing of size T x N reaches memory.
+Tiles of queries and keys are anchored at absolute slots, so a result does not depend on how a prompt was cut.
+
+Shapes: B batch, H query heads (keys and values already one per query head), T queries, L key slots of which the first is
+`first_slot`, D head dimension, U index units, d index dimension, S sink slots. q's slots are the last T.
+Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks; M queries and N keys a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .select import GRID_STEPS, STEP_NATS
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+LOG2E = 1.4426950408889634
+LEAST_DOT = 16
+"""Smallest inner dimension of a tile product; narrower index keys and sinks are padded to it."""
+
+
+def _tiles(head_dim: int) -> dict[str, int]:
+    """Queries and keys a tile, and warps: small enough for the registers of every GPU since Ampere."""
+    return {"M": 64, "N": 64, "num_warps": 4 if head_dim <= 64 else 8}
+
+
+@triton.jit
+def _seen(q_slot, k_slot, b_real, LOCAL: tl.constexpr, PADDED: tl.constexpr, window):
+    """[M, N] causal, not padding (but every query sees itself), and inside the window when LOCAL."""
+    age = q_slot[:, None] - k_slot[None, :]
+    m_seen = age >= 0
+    if PADDED:
+        m_seen = m_seen & ((b_real[None, :] > 0) | (age == 0))
+    if LOCAL:
+        m_seen = m_seen & (age < window)
+    return m_seen
+
+
+@triton.jit
+def _kept(m_seen, q_slot, k_slot, b_iq, b_ik, b_least, b_sink, window):
+    """[M, N] what a retrieval unit keeps of what it sees: index score high enough, window, sinks."""
+    scores = tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee")
+    near = (q_slot[:, None] - k_slot[None, :] < window) | (b_sink[None, :] > 0)
+    return m_seen & ((scores >= b_least[:, None]) | near)
+
+
+@triton.jit
+def _thresholds(
+    p_iq, p_ik, p_real, p_least, queries, slots, units, top_p,
+    d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """`select.top_p_threshold` of M queries: one pass for peak and total, then a search of the grid, four ways a pass."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_q = (slots - queries) // M * M + tile * M + tl.arange(0, M)
+    o_t = o_q - (slots - queries)
+    m_q = (o_t >= 0) & (o_t < queries)
+    o_d = tl.arange(0, d)
+    b_iq = tl.load(p_iq + (row * queries + o_t[:, None]) * d + o_d, mask=m_q[:, None], other=0.0)
+    stop = tl.minimum((slots - queries) // M * M + tile * M + M, slots)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, stop, N):
+        o_k = start + tl.arange(0, N)
+        b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d, mask=o_k[:, None] < slots, other=0.0)
+        b_real = o_k
+        if PADDED:
+            b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
+        m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
+        scores = tl.where(m_seen, tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(scores - base[:, None]), 1)
+        peak = higher
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    needed = top_p * total
+    steps = tl.full([M], 1.0, tl.float32)
+    width = STEPS // 4
+    mass_all = tl.zeros([M], tl.float32)
+    while width > 0:
+        first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+        mass_all = tl.zeros([M], tl.float32)
+        edge = peak - (steps + (width - 1)) * STEP
+        for start in range(0, stop, N):
+            o_k = start + tl.arange(0, N)
+            b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d, mask=o_k[:, None] < slots, other=0.0)
+            b_real = o_k
+            if PADDED:
+                b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
+            m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
+            scores = tl.where(m_seen, tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), float("-inf"))
+            weights = tl.exp(scores - peak[:, None])
+            first += tl.sum(tl.where(scores >= edge[:, None], weights, 0.0), 1)
+            second += tl.sum(tl.where(scores >= (edge - width * STEP)[:, None], weights, 0.0), 1)
+            third += tl.sum(tl.where(scores >= (edge - 2 * width * STEP)[:, None], weights, 0.0), 1)
+            mass_all += tl.sum(tl.where(scores >= (peak - STEPS * STEP)[:, None], weights, 0.0), 1)
+        more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
+        steps += width * more
+        width = width // 4
+    least = tl.where(mass_all < needed, float("-inf"), peak - steps * STEP)
+    tl.store(p_least + row * queries + o_t, least, mask=m_q)
+
+
+@triton.jit
+def _forward(
+    p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_out, p_lse,
+    queries, length, first_slot, heads, per_unit, window, scale,
+    D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of one tile of M queries of one head, online over key tiles; base-2 log-sum-exp beside it."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    last = first_slot + length
+    begin = (last - queries) // M * M + tile * M
+    o_q = begin + tl.arange(0, M)
+    o_t = o_q - (last - queries)
+    m_q = (o_t >= 0) & (o_t < queries)
+    o_d, o_i = tl.arange(0, D), tl.arange(0, d)
+    b_q = tl.load(p_q + (row * queries + o_t[:, None]) * D + o_d, mask=m_q[:, None], other=0.0)
+    unit = row // per_unit
+    batch = row // heads
+    b_iq, b_least = b_q, o_q.to(tl.float32)
+    if SELECT:
+        b_iq = tl.load(p_iq + (unit * queries + o_t[:, None]) * d + o_i, mask=m_q[:, None], other=0.0)
+        b_least = tl.load(p_least + unit * queries + o_t, mask=m_q, other=0.0)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    stop = tl.minimum(begin + M, last)
+    start_at = first_slot // N * N
+    if LOCAL:
+        start_at = tl.maximum(start_at, (tl.maximum(begin, last - queries) - window + 1) // N * N)
+        start_at = tl.maximum(start_at, 0)
+        o_s = tl.arange(0, S)
+        b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
+        b_sk = tl.load(p_sk + (row * S + o_s[:, None]) * D + o_d)
+        b_sv = tl.load(p_sv + (row * S + o_s[:, None]) * D + o_d)
+        m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
+        old = tl.where(m_old, tl.dot(b_q, tl.trans(b_sk), input_precision="ieee") * scale, float("-inf"))
+        peak = tl.max(old, 1)
+        old = tl.exp2(old - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        total = tl.sum(old, 1)
+        acc = tl.dot(old.to(b_sv.dtype), b_sv, input_precision="ieee")
+    for start in range(start_at, stop, N):
+        o_k = start + tl.arange(0, N)
+        m_k = (o_k >= first_slot) & (o_k < last)
+        o_l = o_k - first_slot
+        b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+        b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+        b_real = o_k
+        if PADDED:
+            b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
+        m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :]
+        if SELECT:
+            b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + o_i, mask=m_k[:, None], other=0.0)
+            b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
+            m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+        logits = tl.where(m_seen, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - base[:, None])
+        keep = tl.exp2(peak - base)
+        total = total * keep + tl.sum(weights, 1)
+        acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
+        peak = higher
+    total = tl.where(m_q, total, 1.0)
+    peak = tl.where(m_q, peak, 0.0)
+    o_out = (row * queries + o_t[:, None]) * D + o_d
+    tl.store(p_out + o_out, (acc / total[:, None]).to(p_out.dtype.element_ty), mask=m_q[:, None])
+    tl.store(p_lse + row * queries + o_t, peak + tl.log2(total), mask=m_q)
+
+
+@triton.jit
+def _backward_queries(
+    p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_go, p_lse, p_delta, p_gq, p_gsk, p_gsv,
+    queries, length, first_slot, heads, per_unit, window, scale, rows,
+    D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one tile of queries; and this tile's part of the sinks' gradients, summed afterwards."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    last = first_slot + length
+    begin = (last - queries) // M * M + tile * M
+    o_q = begin + tl.arange(0, M)
+    o_t = o_q - (last - queries)
+    m_q = (o_t >= 0) & (o_t < queries)
+    o_d, o_i = tl.arange(0, D), tl.arange(0, d)
+    o_qd = (row * queries + o_t[:, None]) * D + o_d
+    b_q = tl.load(p_q + o_qd, mask=m_q[:, None], other=0.0)
+    b_go = tl.load(p_go + o_qd, mask=m_q[:, None], other=0.0)
+    b_lse = tl.load(p_lse + row * queries + o_t, mask=m_q, other=0.0)
+    b_delta = tl.load(p_delta + row * queries + o_t, mask=m_q, other=0.0)
+    unit = row // per_unit
+    batch = row // heads
+    b_iq, b_least = b_q, b_lse
+    if SELECT:
+        b_iq = tl.load(p_iq + (unit * queries + o_t[:, None]) * d + o_i, mask=m_q[:, None], other=0.0)
+        b_least = tl.load(p_least + unit * queries + o_t, mask=m_q, other=0.0)
+    acc = tl.zeros([M, D], tl.float32)
+    stop = tl.minimum(begin + M, last)
+    start_at = first_slot // N * N
+    if LOCAL:
+        start_at = tl.maximum(start_at, (tl.maximum(begin, last - queries) - window + 1) // N * N)
+        start_at = tl.maximum(start_at, 0)
+        o_s = tl.arange(0, S)
+        b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
+        b_sk = tl.load(p_sk + (row * S + o_s[:, None]) * D + o_d)
+        b_sv = tl.load(p_sv + (row * S + o_s[:, None]) * D + o_d)
+        m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window) & m_q[:, None]
+        old = tl.dot(b_q, tl.trans(b_sk), input_precision="ieee") * scale
+        old = tl.where(m_old, tl.exp2(old - b_lse[:, None]), 0.0)
+        g_old = (old * (tl.dot(b_go, tl.trans(b_sv), input_precision="ieee") - b_delta[:, None])).to(b_q.dtype)
+        acc += tl.dot(g_old, b_sk, input_precision="ieee")
+        o_part = ((tile * rows + row) * S + o_s[:, None]) * D + o_d
+        tl.store(p_gsv + o_part, tl.dot(tl.trans(old.to(b_go.dtype)), b_go, input_precision="ieee"))
+        tl.store(p_gsk + o_part, tl.dot(tl.trans(g_old), b_q, input_precision="ieee"))
+    for start in range(start_at, stop, N):
+        o_k = start + tl.arange(0, N)
+        m_k = (o_k >= first_slot) & (o_k < last)
+        o_l = o_k - first_slot
+        b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+        b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+        b_real = o_k
+        if PADDED:
+            b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
+        m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :]
+        if SELECT:
+            b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + o_i, mask=m_k[:, None], other=0.0)
+            b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
+            m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+        logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        weights = tl.where(m_seen, tl.exp2(logits - b_lse[:, None]), 0.0)
+        g_weights = tl.dot(b_go, tl.trans(b_v), input_precision="ieee")
+        g_logits = weights * (g_weights - b_delta[:, None])
+        acc += tl.dot(g_logits.to(b_k.dtype), b_k, input_precision="ieee")
+    tl.store(p_gq + o_qd, (acc * (scale / 1.4426950408889634)).to(p_gq.dtype.element_ty), mask=m_q[:, None])
+
+
+@triton.jit
+def _backward_keys(
+    p_q, p_k, p_v, p_iq, p_ik, p_least, p_real, p_sink, p_go, p_lse, p_delta, p_gk, p_gv,
+    queries, length, first_slot, heads, per_unit, window, scale,
+    D: tl.constexpr, d: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    last = first_slot + length
+    start = first_slot // N * N + tile * N
+    o_k = start + tl.arange(0, N)
+    m_k = (o_k >= first_slot) & (o_k < last)
+    o_l = o_k - first_slot
+    o_d, o_i = tl.arange(0, D), tl.arange(0, d)
+    o_kd = (row * length + o_l[:, None]) * D + o_d
+    b_k = tl.load(p_k + o_kd, mask=m_k[:, None], other=0.0)
+    b_v = tl.load(p_v + o_kd, mask=m_k[:, None], other=0.0)
+    unit = row // per_unit
+    batch = row // heads
+    b_ik, b_sink, b_real = b_k, o_k, o_k
+    if SELECT:
+        b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + o_i, mask=m_k[:, None], other=0.0)
+        b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
+    if PADDED:
+        b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
+    acc_k = tl.zeros([N, D], tl.float32)
+    acc_v = tl.zeros([N, D], tl.float32)
+    begin_at = tl.maximum(start, last - queries) // M * M
+    stop = last
+    if LOCAL:
+        stop = tl.minimum(last, start + N - 1 + window)
+    for begin in range(begin_at, stop, M):
+        o_q = begin + tl.arange(0, M)
+        o_t = o_q - (last - queries)
+        m_q = (o_t >= 0) & (o_t < queries)
+        o_qd = (row * queries + o_t[:, None]) * D + o_d
+        b_q = tl.load(p_q + o_qd, mask=m_q[:, None], other=0.0)
+        b_go = tl.load(p_go + o_qd, mask=m_q[:, None], other=0.0)
+        b_lse = tl.load(p_lse + row * queries + o_t, mask=m_q, other=0.0)
+        b_delta = tl.load(p_delta + row * queries + o_t, mask=m_q, other=0.0)
+        m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :] & m_q[:, None]
+        if SELECT:
+            b_iq = tl.load(p_iq + (unit * queries + o_t[:, None]) * d + o_i, mask=m_q[:, None], other=0.0)
+            b_least = tl.load(p_least + unit * queries + o_t, mask=m_q, other=0.0)
+            m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+        logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        weights = tl.where(m_seen, tl.exp2(logits - b_lse[:, None]), 0.0)
+        acc_v += tl.dot(tl.trans(weights.to(b_go.dtype)), b_go, input_precision="ieee")
+        g_weights = tl.dot(b_go, tl.trans(b_v), input_precision="ieee")
+        g_logits = (weights * (g_weights - b_delta[:, None])).to(b_q.dtype)
+        acc_k += tl.dot(tl.trans(g_logits), b_q, input_precision="ieee")
+    acc_k = acc_k * (scale / 1.4426950408889634)
+    tl.store(p_gk + o_kd, acc_k.to(p_gk.dtype.element_ty), mask=m_k[:, None])
+    tl.store(p_gv + o_kd, acc_v.to(p_gv.dtype.element_ty), mask=m_k[:, None])
+
+
+class _MaskedFlash(torch.autograd.Function):
+    """The kernels as one differentiable function; gradients for q, k, v and the sinks' keys and values."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor | None, sink_v: Tensor | None, call: _Call):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        call.launch(_forward, q, k, v, sink_k, sink_v, out, lse)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, sink_k, sink_v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any):  # type: ignore[override]
+        q, k, v, sink_k, sink_v, out, lse = ctx.saved_tensors
+        grad = grad.contiguous()
+        delta = (grad.float() * out.float()).sum(-1)
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        call: _Call = ctx.call
+        parts = call.launch_backward_queries(q, k, v, sink_k, sink_v, grad, lse, delta, gq)
+        call.launch_backward_keys(q, k, v, grad, lse, delta, gk, gv)
+        gsk = gsv = None
+        if parts is not None:
+            gsv = parts[1].sum(0).to(v.dtype)
+            gsk = (parts[0].sum(0) * call.scaling).to(k.dtype)
+        return gq, gk, gv, gsk, gsv, None
+
+
+class _Call:
+    """Everything of a call that needs no gradient."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        *,
+        length: int,
+        first_slot: int,
+        window_tokens: int,
+        scaling: float,
+        real: Tensor | None,
+        sinks: Tensor,
+        index: tuple[Tensor, Tensor, Tensor] | None = None,
+        heads_per_unit: int = 1,
+        local: bool = False,
+    ):
+        self.q_shape = q.shape
+        self.length, self.first_slot, self.window, self.scaling = length, first_slot, window_tokens, scaling
+        self.index, self.per_unit, self.local = index, heads_per_unit, local
+        last = first_slot + length
+        self.real = None if real is None else real[:, :last].contiguous().view(torch.uint8)
+        self.sinks = sinks.to(torch.int32).contiguous()
+        self.is_sink = None
+        if index is not None:
+            flags = torch.zeros(sinks.shape[0], last + 1, dtype=torch.uint8, device=q.device)
+            flags.scatter_(1, torch.where(sinks >= 0, sinks, last), 1)
+            self.is_sink = flags[:, :last].contiguous()
+
+    @property
+    def _tile(self) -> dict[str, int]:
+        return _tiles(self.q_shape[3])
+
+    def _flags(self) -> dict[str, Any]:
+        dim = self.index[0].shape[-1] if self.index is not None else LEAST_DOT
+        return {
+            "D": self.q_shape[3],
+            "d": dim,
+            "LOCAL": self.local,
+            "SELECT": self.index is not None,
+            "PADDED": self.real is not None,
+            "ONE_ROW": self.sinks.shape[0] == 1,
+            **self._tile,
+        }
+
+    def _numbers(self) -> tuple[Any, ...]:
+        _, heads, queries, _ = self.q_shape
+        return queries, self.length, self.first_slot, heads, self.per_unit, self.window, self.scaling * LOG2E
+
+    def _masks(self, stand_in: Tensor) -> tuple[Tensor, ...]:
+        index = self.index if self.index is not None else (stand_in,) * 3
+        return (*index, *(stand_in if x is None else x for x in (self.real, self.is_sink)))
+
+    def _query_grid(self) -> tuple[int, int]:
+        batch, heads, queries, _ = self.q_shape
+        last, tile = self.first_slot + self.length, self._tile["M"]
+        return -(-last // tile) - (last - queries) // tile, batch * heads
+
+    def launch(self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, sk: Tensor | None, sv: Tensor | None, *outs: Tensor):
+        sinks = (sk, sv, self.sinks) if sk is not None and sv is not None else (q,) * 3
+        with _on(q):
+            kernel[self._query_grid()](
+                q, k, v, *sinks, *self._masks(q), *outs, *self._numbers(), S=self._sink_rows, **self._flags()
+            )
+
+    @property
+    def _sink_rows(self) -> int:
+        return self.sinks.shape[1] if self.local else LEAST_DOT
+
+    def launch_backward_queries(self, q, k, v, sk, sv, grad, lse, delta, gq):
+        tiles, rows = self._query_grid()
+        parts = None
+        if self.local:
+            parts = torch.empty(2, tiles, *sk.shape, dtype=torch.float32, device=q.device)
+        sinks = (sk, sv, self.sinks) if self.local else (q,) * 3
+        partial = (parts[0], parts[1]) if parts is not None else (q, q)
+        with _on(q):
+            _backward_queries[(tiles, rows)](
+                q, k, v, *sinks, *self._masks(q), grad, lse, delta, gq, *partial, *self._numbers(), rows,
+                S=self._sink_rows, **self._flags(),
+            )  # fmt: skip
+        return parts
+
+    def launch_backward_keys(self, q, k, v, grad, lse, delta, gk, gv):
+        tile = self._tile["N"]
+        tiles = -(-(self.first_slot + self.length) // tile) - self.first_slot // tile
+        with _on(q):
+            _backward_keys[(tiles, self._query_grid()[1])](
+                q, k, v, *self._masks(q), grad, lse, delta, gk, gv, *self._numbers(), **self._flags()
+            )
+
+
+def _on(tensor: Tensor):
+    """Launch on the tensor's GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
+
+
+def top_p_thresholds(index_q: Tensor, index_k: Tensor, real: Tensor | None, top_p: float) -> Tensor:
+    """`select.top_p_threshold` of all queries without their scores in memory: [B, U, T, d], [B, U, N, d] -> [B, U, T]."""
+    batch, units, queries, dim = index_q.shape
+    slots = index_k.shape[2]
+    least = torch.empty(batch, units, queries, dtype=torch.float32, device=index_q.device)
+    tile = _tiles(dim)
+    m = tile["M"]
+    grid = (-(-slots // m) - (slots - queries) // m, batch * units)
+    flags = index_q if real is None else real[:, :slots].contiguous().view(torch.uint8)
+    with _on(index_q):
+        _thresholds[grid](
+            index_q, index_k, flags, least, queries, slots, units, top_p,
+            d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, **tile,
+        )  # fmt: skip
+    return least
+
+
+def _padded_index(index: Tensor) -> Tensor:
+    """Index vectors with zeros up to a dimension that a tile product takes."""
+    dim = max(LEAST_DOT, triton.next_power_of_2(index.shape[-1]))
+    return F.pad(index.detach(), (0, dim - index.shape[-1])).contiguous()
+
+
+def retrieval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
+    *,
+    heads_per_unit: int,
+    sinks: Tensor,
+    window_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """`prefill.retrieval_attention`, same arguments and meaning."""
+    index = None
+    if index_q is not None and index_k is not None and top_p < 1.0:
+        index_q, index_k = _padded_index(index_q), _padded_index(index_k)
+        index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p))
+    call = _Call(
+        q, length=k.shape[2], first_slot=0, window_tokens=window_tokens, scaling=scaling, real=real, sinks=sinks,
+        index=index, heads_per_unit=heads_per_unit,
+    )  # fmt: skip
+    return _MaskedFlash.apply(q, k, v, None, None, call)[0]  # type: ignore[no-untyped-call]
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    *,
+    first_slot: int,
+    sinks: Tensor,
+    window_tokens: int,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """`prefill.window_attention`, same arguments and meaning."""
+    pad = max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])) - sinks.shape[1]
+    sink_k, sink_v = (F.pad(x, (0, 0, 0, pad)).contiguous() for x in (sink_k, sink_v))
+    call = _Call(
+        q, length=k.shape[2], first_slot=first_slot, window_tokens=window_tokens, scaling=scaling, real=real,
+        sinks=F.pad(sinks, (0, pad), value=-1), local=True,
+    )  # fmt: skip
+    return _MaskedFlash.apply(q, k, v, sink_k, sink_v, call)[0]  # type: ignore[no-untyped-call]

@@ -1,0 +1,196 @@
+"""The Triton kernels against the reference, through Triton's interpreter where there is no GPU."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from rtpurbo import ops
+from rtpurbo.cache import gather_slots
+from rtpurbo.ops import kernels
+from rtpurbo.ops.reference import sink_slots, visible_scores, visible_slots
+from rtpurbo.ops.select import GRID_STEPS, STEP_NATS, top_p_threshold
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+DIM, INDEX_DIM, SCALING = 16, 4, 0.25
+LENGTHS = [(1, 1), (2, 1), (33, 33), (65, 5), (150, 70)]  # (slots, queries)
+PADDINGS = ["none", "holes"]
+
+
+def make_real(kind: str, batch: int, slots: int) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    slot = torch.arange(slots, device=DEVICE)
+    real = torch.stack([slot >= row * slots // max(batch - 1, 1) for row in range(batch)])
+    return real & (slot % 5 != 3) if kind == "holes" else real
+
+
+def make_inputs(batch, heads, slots, queries, units=0, dim=DIM, dtype=DTYPE):
+    """(q, k, v, index_q, index_k), with index scores spread over several nats."""
+    q = 2 * torch.randn(batch, heads, queries, dim)
+    k, v = torch.randn(2, batch, heads, slots, dim)
+    index_q, index_k = 1.5 * torch.randn(batch, units, queries, INDEX_DIM), torch.randn(batch, units, slots, INDEX_DIM)
+    return [x.to(DEVICE, dtype) for x in (q, k, v, index_q, index_k)]
+
+
+def close(got, inputs, compute):
+    """The error against float32 is at most twice that of plain torch in the same dtype, plus rounding."""
+    truth = compute(*(x.float() for x in inputs))
+    plain = compute(*inputs)
+    allowed = 2 * (plain.float() - truth).abs().max() + 1e-5 * truth.abs().max() + 1e-6
+    if got.dtype != torch.float32:
+        allowed = allowed + torch.finfo(got.dtype).eps * truth.abs().max()
+    assert not got.isnan().any()
+    assert (got.float() - truth).abs().max() <= allowed
+
+
+def plain(q, k, v, allowed, scaling):
+    """Attention under an explicit mask, in the dtype of its inputs."""
+    logits = (q @ k.mT).float() * scaling
+    return logits.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def window_mask(slots, queries, window, sinks, real):
+    k_slots = torch.arange(slots, device=DEVICE)
+    q_slots = k_slots[slots - queries :]
+    return visible_slots(q_slots, k_slots, real) & ops.reference.near_slots(q_slots, k_slots, sinks, window)
+
+
+def run_window(q, k, v, *, window, sink_tokens, real, first_slot=0):
+    sinks = sink_slots(real, sink_tokens, device=q.device)
+    return kernels.window_attention(
+        q, k[:, :, first_slot:], v[:, :, first_slot:], gather_slots(k, sinks), gather_slots(v, sinks),
+        first_slot=first_slot, sinks=sinks, window_tokens=window, scaling=SCALING, real=real,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), LENGTHS)
+def test_window(slots, queries, padding):
+    q, k, v, *_ = make_inputs(2, 2, slots, queries)
+    real = make_real(padding, 2, slots)
+    for window, sink_tokens in [(1, 0), (5, 4), (slots - 1, 1), (slots, 2), (slots + 1, 4)]:
+        if window < 1 or sink_tokens > slots:
+            continue
+        sinks = sink_slots(real, sink_tokens, device=DEVICE)
+        allowed = window_mask(slots, queries, window, sinks, real)
+        for first_slot in {0, max(0, slots - queries - window + 1)}:
+            got = run_window(q, k, v, window=window, sink_tokens=sink_tokens, real=real, first_slot=first_slot)
+            close(got, (q, k, v), lambda q, k, v, allowed=allowed: plain(q, k, v, allowed, SCALING))
+
+
+def own_thresholds(index_q, index_k, real, top_p):
+    return kernels.top_p_thresholds(*(kernels._padded_index(x) for x in (index_q, index_k)), real, top_p)
+
+
+def kept(index_q, index_k, near, visible, real, top_p):
+    """What the kernel has to keep by its own thresholds, which `test_thresholds` holds to the reference."""
+    if top_p >= 1.0:
+        return visible.expand(-1, index_q.shape[1], -1, -1)
+    scores = visible_scores(index_q, index_k, visible)
+    return ((scores >= own_thresholds(index_q, index_k, real, top_p)[..., None]) | near) & visible
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), LENGTHS)
+def test_thresholds(slots, queries, padding):
+    *_, index_q, index_k = make_inputs(2, 1, slots, queries, units=2)
+    real = make_real(padding, 2, slots)
+    k_slots = torch.arange(slots, device=DEVICE)
+    scores = visible_scores(index_q, index_k, visible_slots(k_slots[slots - queries :], k_slots, real))
+    for top_p in (0.3, 0.9, 0.999):
+        got = own_thresholds(index_q, index_k, real, top_p)
+        low, high = (top_p_threshold(scores, p)[..., 0] for p in (top_p + 1e-5, top_p - 1e-5))
+        slack = 1e-4  # a sum that reaches p by a hair may round to either side
+        assert ((got >= low - slack) & (got <= high + slack)).all()
+
+
+def test_a_threshold_is_open_where_the_grid_does_not_reach_p():
+    index_q = torch.ones(1, 1, 1, 4, device=DEVICE)
+    index_k = torch.zeros(1, 1, 3000, 4, device=DEVICE)
+    index_k[:, :, -1] = (GRID_STEPS * STEP_NATS + 1) / 4  # one token stands higher above all others than the grid reaches
+    scores = index_q @ index_k.mT
+    want = top_p_threshold(scores, 1 - 1e-7)
+    got = own_thresholds(index_q, index_k, None, 1 - 1e-7)
+    assert want.item() == got.item() == -torch.inf
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("slots", "queries", "unit_size", "window", "sink_tokens", "top_p"),
+    [(1, 1, 1, 1, 0, 0.5), (2, 1, 3, 5, 1, 0.8), (33, 33, 2, 33, 1, 0.3), (65, 5, 1, 3, 4, 1.0), (150, 70, 2, 5, 1, 0.8)],
+)
+def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, padding):
+    q, k, v, index_q, index_k = make_inputs(2, 2 * unit_size, slots, queries, units=2)
+    real = make_real(padding, 2, slots)
+    k_slots = torch.arange(slots, device=DEVICE)
+    sinks = sink_slots(real, sink_tokens, device=DEVICE)
+    visible = visible_slots(k_slots[slots - queries :], k_slots, real)
+    near = ops.reference.near_slots(k_slots[slots - queries :], k_slots, sinks, window)
+    keep = kept(index_q, index_k, near, visible, real, top_p).repeat_interleave(unit_size, 1)
+    got = kernels.retrieval_attention(
+        q, k, v, index_q, index_k, heads_per_unit=unit_size, sinks=sinks, window_tokens=window, top_p=top_p,
+        scaling=SCALING, real=real,
+    )  # fmt: skip
+    close(got, (q, k, v), lambda q, k, v: plain(q, k, v, keep, SCALING))
+
+
+def test_chunks_give_the_same_bits():
+    q, k, v, index_q, index_k = make_inputs(1, 2, 150, 150, units=1)
+    sinks = sink_slots(None, 2, device=DEVICE)
+    settings = {"sinks": sinks, "window_tokens": 20, "scaling": SCALING}
+
+    def run(start, stop):
+        there, so_far = slice(start, stop), slice(0, stop)
+        first = max(0, start - 19)
+        one = kernels.retrieval_attention(
+            q[:, :, there], k[:, :, so_far], v[:, :, so_far], index_q[:, :, there], index_k[:, :, so_far],
+            heads_per_unit=2, top_p=0.7, **settings,
+        )  # fmt: skip
+        two = kernels.window_attention(
+            q[:, :, there], k[:, :, first:stop], v[:, :, first:stop], k[:, :, :2], v[:, :, :2], first_slot=first, **settings
+        )
+        return torch.stack([one, two])
+
+    whole = run(0, 150)
+    for cuts in ([0, 64, 150], [0, 47, 100, 150]):
+        parts = torch.cat([run(a, b) for a, b in pairwise(cuts)], 3)
+        assert torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("select", [False, True])
+def test_gradients(select, padding):
+    slots, queries, size = 90, 71, 2
+    q, k, v, index_q, index_k = make_inputs(2, 2 * size, slots, queries, units=2)
+    real = make_real(padding, 2, slots)
+    sinks = sink_slots(real, 2, device=DEVICE)
+    k_slots = torch.arange(slots, device=DEVICE)
+    q_slots = k_slots[slots - queries :]
+    visible, near = visible_slots(q_slots, k_slots, real), ops.reference.near_slots(q_slots, k_slots, sinks, 20)
+    keep = visible & near
+    if select:
+        keep = kept(index_q, index_k, near, visible, real, 0.6).repeat_interleave(size, 1)
+    weight = torch.randn(*q.shape, device=DEVICE)
+
+    def ours(q, k, v):
+        if not select:
+            return run_window(q, k, v, window=20, sink_tokens=2, real=real)
+        return kernels.retrieval_attention(
+            q, k, v, index_q, index_k, heads_per_unit=size, sinks=sinks, window_tokens=20, top_p=0.6, scaling=SCALING,
+            real=real,
+        )  # fmt: skip
+
+    def gradients(attend, inputs):
+        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad((attend(*inputs).float() * weight).sum(), inputs)
+
+    got = gradients(ours, (q, k, v))
+    for i, name in enumerate("qkv"):
+        try:
+            close(got[i], (q, k, v), lambda *x, i=i: gradients(lambda q, k, v: plain(q, k, v, keep, SCALING), x)[i])
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}") from error
