@@ -15,10 +15,9 @@ from rtpurbo.calibration import (
     attention_rows,
     calibrate,
     combine,
-    default_lengths,
     score_document,
 )
-from rtpurbo.config import CalibrateConfig, SparseConfig
+from rtpurbo.config import CalibrateConfig, SparseConfig, default_lengths
 from rtpurbo.data import documents
 from rtpurbo.models import fingerprint
 from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
@@ -261,8 +260,9 @@ def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
     assert found["usable_lengths_tokens"] == []
     assert "ordinary text alone decided" in found["notes"][0]
     texts = documents([source], tokenizer, length_tokens=320, count=7, seed=0)
-    scores = [
-        score_document(model, tokenizer, texts[i], texts[i + 1], SPARSE, CONFIG, index=i).tables["effect"] for i in (2, 5)
+    scores = [  # the last third of the documents
+        score_document(model, tokenizer, texts[at], texts[at + 1], SPARSE, CONFIG, index=i).tables["effect"]
+        for i, at in ((2, 4), (5, 5))
     ]
     mean = torch.stack(scores).mean(0).clamp(min=0)
     best = int((mean / mean.max()).argmax())

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def test_saving_a_loaded_artefact_in_its_own_place(tmp_path):
     make_artifact(1, make_weights(tmp_path / "a")).save(tmp_path / "out")
     loaded = Artifact.load(tmp_path / "out")
     before = (loaded.weights_path / "adapter_model.safetensors").stat().st_ino
-    later = loaded.with_stage("check", TrainConfig(), {"loss": 1.0})
+    later = loaded.with_stage("distill", TrainConfig(), {"loss": 1.0}, weights_kind="lora", weights_path=loaded.weights_path)
     later.save(tmp_path / "out")
     assert same(Artifact.load(tmp_path / "out"), later)
     assert (loaded.weights_path / "adapter_model.safetensors").stat().st_ino == before  # not copied again
@@ -537,33 +536,6 @@ def test_kill_9_at_random_moments(tmp_path):
     assert done.returncode == 0, done.stderr
     *_, interrupted = json.loads(done.stdout)
     assert interrupted > 0  # some were in the middle of a save
-
-
-@pytest.fixture(params=["tmpfs", "file size limit"])
-def small_disk(request, tmp_path):
-    """(directory, context manager) in which no more than 256 KiB can be written."""
-    import contextlib
-
-    if request.param == "tmpfs":
-        disk = tmp_path / "disk"
-        disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
-        if mounted.returncode:
-            pytest.skip("no right to mount a file system")
-        yield disk, contextlib.nullcontext
-        subprocess.run(["umount", str(disk)], check=True)
-        return
-
-    @contextlib.contextmanager
-    def limited():
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 10, hard))  # Python ignores SIGXFSZ: writing fails instead
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    yield tmp_path, limited
 
 
 @pytest.mark.parametrize("part", ["indexer", "weights"])

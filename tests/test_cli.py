@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rtpurbo import cli
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
+from rtpurbo.config import DistillConfig
 from rtpurbo.pipeline import convert
 from test_pipeline import SMALL
 from tiny_text import random_model, word_tokenizer
@@ -202,10 +204,92 @@ def test_artefacts_that_cannot_be_used(tmp_path, model_dir, source, converted):
 
 
 def test_prompts_that_cannot_be_used(tmp_path, converted):
-    assert "give --prompt or --prompt-file" in fails("generate", converted)
+    assert "give a --prompt or a --prompt-file" in fails("generate", converted)
     assert "does not exist; expected a text file" in fails("generate", converted, "--prompt-file", tmp_path / "no.txt")
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "with text in it" in fails("generate", converted, "--prompt-file", tmp_path / "empty.txt")
+    for bad in ("-1", "nan"):
+        assert "temperature must be 0 (greedy) or above" in fails(
+            "generate", converted, "--prompt", "a city", "--temperature", bad
+        )
+    assert "has no effect with --dense" in fails(
+        "generate", converted, "--prompt", "a city", "--dense", "--top-p-mass", "0.5"
+    )
     long = "city " * 600
     assert "beyond the model's context of 512" in fails("generate", converted, "--prompt", long)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--output"])
+@pytest.mark.parametrize("command", ["info", "bench", "generate"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, converted, monkeypatch, command, flag):
+    monkeypatch.setattr(Artifact, "load", lambda *args: pytest.fail("it ran"))
+    more = ["--prompt", "a"] if command == "generate" else []
+    nowhere = tmp_path / "missing" / "file"
+    assert f"{flag} {str(nowhere)!r} lies in a directory that does not exist" in fails(
+        command, converted, *more, flag, nowhere
+    )
+    assert "is a directory; expected a file" in fails(command, converted, *more, flag, tmp_path)
+
+
+def test_doctor_writes_its_output(tmp_path):
+    assert run("doctor", "--output", tmp_path / "doctor.json")[0] == 0
+    assert json.loads((tmp_path / "doctor.json").read_text())["self_test_passed"] is True
+
+
+def test_eval_into_a_file_is_refused(tmp_path, converted):
+    (tmp_path / "file").write_text("")
+    assert "is a file; expected a directory for eval.json" in fails("eval", converted, "--output", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--new-tokens", "0"], "1 to 511 new ones"),
+        (["--new-tokens", "600"], "1 to 511 new ones"),
+        (["--lengths-tokens", "-3"], "lengths -3"),
+    ],
+)
+def test_bench_sizes_that_cannot_be(converted, source, more, message):
+    assert message in fails("bench", converted, "--sources", source, *more)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--index-dim", "99"], "index_dim must be at most the head dimension"),
+        (["--window-tokens", "0"], "window_tokens must be at least 1 token, got 0"),
+        (["--heldout", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["--heldout", "package:no_such_package"], "is not installed"),
+        (["--distill.length-tokens", "99999"], "beyond the model's context of 512"),
+        (["--evaluate.lengths-tokens", "600"], "beyond the model's context of 512"),
+        (["--indexer.length-tokens", "20"], "not longer than window + sinks"),
+    ],
+)
+def test_convert_refuses_at_once_what_would_fail_later(tmp_path, model_dir, source, monkeypatch, dry, more, message):
+    monkeypatch.setattr("rtpurbo.calibration.calibrate", lambda *args, **kw: pytest.fail("it began"))
+    base = ["convert", model_dir, "--sources", source, "--window-tokens", "32", "-o", tmp_path / "out", *dry]
+    base += [] if "--heldout" in more else ["--heldout", source]
+    assert message in fails(*base, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_may_have_its_own_seed():
+    command = cli.Convert(model="m", seed=3, distill=DistillConfig(seed=5))
+    config = cli._seeded(command)
+    assert (config.calibrate.seed, config.indexer.seed, config.distill.seed, config.evaluate.seed) == (3, 3, 5, 3)
+
+
+def test_the_base_model_may_lie_elsewhere(tmp_path, converted, model_dir):
+    moved = tmp_path / "moved"
+    shutil.copytree(converted, moved)
+    raw = json.loads((moved / "rtpurbo_config.json").read_text())
+    raw["base_model"]["name"] = str(tmp_path / "gone")
+    (moved / "rtpurbo_config.json").write_text(json.dumps(raw))
+    prompt = ["--prompt", "a city", "--max-new-tokens", "2"]
+    assert "does not exist" in fails("generate", moved, *prompt)
+    assert run("generate", moved, *prompt, "--base-model", model_dir)[0] == 0
 
 
 def test_readme_commands(tmp_path, monkeypatch, model_dir, source, converted):

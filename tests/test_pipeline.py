@@ -1,17 +1,24 @@
 """The whole conversion: stages kept, stages run again, runs that are killed, and what a run will take."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
+import pytest
 import torch
 
+from rtpurbo.calibration import calibrate
 from rtpurbo.checkpoint import CONFIG_FILE, WORK_DIR, Artifact
+from rtpurbo.cli import explain
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
-from rtpurbo.pipeline import ConvertConfig, convert, estimate, finished_stage
+from rtpurbo.distillation import distill
+from rtpurbo.indexer_training import train_indexer
+from rtpurbo.pipeline import ConvertConfig, convert, estimate, finished_stage, save_stage
 from tiny_text import random_model, word_tokenizer
 
 SMALL = ConvertConfig(
@@ -83,14 +90,89 @@ def test_a_changed_stage_and_those_after_it_run_again(tmp_path, source, capsys):
 
 def test_other_text_is_another_input(tmp_path, source):
     artifact = run(tmp_path / "out", source)
-    known = {"after": None, "sparse": dataclasses.replace(artifact.config, top_p=SMALL.top_p)}
-    assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, sources=[source], **known) is not None
-    assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, sources=["other"], **known) is None
+    sparse = dataclasses.replace(artifact.config, top_p=SMALL.top_p)
+    weights = artifact.base_model["fingerprint"]
+
+    def found(**changes):
+        inputs = {"after": None, "sparse": sparse, "sources": [source], "weights": weights, **changes}
+        return finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, **inputs)
+
+    assert found() is not None
+    assert found(sources=["other"]) is None
+    assert found(weights="other") is None
+
+
+def test_another_model_is_converted_anew(tmp_path, source, capsys):
+    run(tmp_path / "out", source)
+    capsys.readouterr()
+    run(tmp_path / "out", source, model=random_model(seed=1))
+    assert capsys.readouterr().err.count("running") == 4
+    run(tmp_path / "fresh", source, model=random_model(seed=1))
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
 def test_no_distillation_when_its_steps_are_zero(tmp_path, source):
     config = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
     assert run(tmp_path, source, config).weights_kind is None
+
+
+def test_no_distillation_takes_an_earlier_one_away(tmp_path, source):
+    run(tmp_path, source)
+    config = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
+    made = run(tmp_path, source, config)
+    found = Artifact.load(tmp_path)
+    assert found.weights_kind is None
+    assert list(found.stages) == ["calibrate", "train_indexer"]
+    assert found.digest() == made.digest() == json.loads((tmp_path / "eval.json").read_text())["artifact"]
+
+
+def test_a_stage_takes_away_what_came_after_it(tmp_path, source):
+    artifact = run(tmp_path / "out", source)
+    model, tokenizer = random_model(), word_tokenizer()
+    again = train_indexer(model, tokenizer, artifact, [source], SMALL.indexer)
+    assert again.weights_kind is again.weights_path is None
+    assert list(again.stages) == ["calibrate", "train_indexer"]
+    save_stage(tmp_path / "out", "train_indexer", again, [source])
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"metrics"}
+    assert not list((tmp_path / "out" / "metrics").iterdir())  # these curves belonged to the stages before
+    fresh = calibrate(model, tokenizer, [source], SMALL.calibrate, artifact.config)
+    assert again.with_stage("calibrate", SMALL.calibrate, {}).indexer is None
+    assert fresh.indexer is None
+
+
+@pytest.mark.parametrize("name", ["work", "notes"])
+def test_files_of_the_user_are_left_alone(tmp_path, source, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match=f"holds other files .{name}."):
+        run(tmp_path / "out", source)
+    assert (tmp_path / "out" / name / "thesis.txt").read_text() == "years"
+    run(tmp_path / "made", source)
+    shutil.move(tmp_path / "out" / name, tmp_path / "made")
+    run(tmp_path / "made", source, dataclasses.replace(SMALL, window_tokens=24))
+    assert (tmp_path / "made" / name / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("content", ["[]", "{bad", '{"needle": 1}'])
+def test_a_damaged_evaluation_is_made_again(tmp_path, source, capsys, content):
+    run(tmp_path, source)
+    good = (tmp_path / "eval.json").read_text()
+    (tmp_path / "eval.json").write_text(content)
+    capsys.readouterr()
+    run(tmp_path, source)
+    assert "the old result is left aside" in capsys.readouterr().err
+    now, before = json.loads((tmp_path / "eval.json").read_text()), json.loads(good)
+    assert now["needle"] == before["needle"]
+
+
+def test_default_lengths_reach_beyond_the_window(tmp_path, source):
+    config = dataclasses.replace(
+        SMALL, evaluate=EvalConfig(kinds=("single",), samples=(1,), loss_documents=1, decode_tokens=2)
+    )
+    run(tmp_path, source, config)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert [row["length_tokens"] for row in found["needle"]] == [128, 256, 512]
+    assert found["speed"]["sparse"]["length_tokens"] == 510  # room for what is decoded
 
 
 def test_the_model_comes_back_unchanged(tmp_path, source):
@@ -135,3 +217,15 @@ def test_estimate_grows_with_the_work():
     assert longer["seconds"]["distill"] > 20 * max(small["seconds"]["distill"], 1)
     assert small["memory_gib"] > 0
     assert set(small["seconds"]) == {"calibrate", "train_indexer", "distill", "evaluate", "total"}
+
+
+@pytest.mark.parametrize("part", ["state", "weights"])
+def test_a_full_disk_while_training_is_one_sentence(small_disk, tmp_path, source, part):
+    disk, limited = small_disk
+    settings = dataclasses.replace(SMALL.distill, lora_rank=1024, save_every=int(part == "state"))
+    untrained = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
+    artifact = run(tmp_path / "whole", source, untrained)
+    with limited(), pytest.raises(OSError, match=r"No space left|File too large") as failed:
+        distill(random_model(), word_tokenizer(), artifact, [source], settings, work=disk / "work")
+    if failed.value.errno == errno.ENOSPC:
+        assert explain(failed.value).startswith("the disk is full")

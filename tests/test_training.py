@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rtpurbo import progress
+from rtpurbo import checkpoint, progress
 from rtpurbo.config import TrainConfig
 from rtpurbo.training import learning_rate, train, trainable_state
 
@@ -155,19 +155,17 @@ def test_resume_several_times(tmp_path):
 
 
 def test_a_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
-    import safetensors.torch
+    real, calls = checkpoint._sync, []
 
-    real, calls = save_file, []
-
-    def torn(tensors, path, metadata):
-        real(tensors, path, metadata=metadata)
-        calls.append(1)
+    def torn(path):
+        calls.extend([1] * path.name.endswith("state.safetensors"))
         if len(calls) == 2:
             path.write_bytes(path.read_bytes()[:50])
             raise Killed
+        real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", torn)
+        patch.setattr(checkpoint, "_sync", torn)
         with pytest.raises(Killed):
             run(tmp_path)
     got = run(tmp_path)

@@ -23,10 +23,10 @@ from torch import Tensor
 from .attach import attached, borrowed, checkpoint_activations, gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact
-from .config import CalibrateConfig, SparseConfig, default_window_tokens
+from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
 from .data import KNOWN_TOKENS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
 from .evals.needle import grade_all, needle_samples
-from .families import LONGEST_TOKENS, attention_layers, check_lengths, context_tokens, head_counts
+from .families import attention_layers, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
 from .models import fingerprint, model_identity
 from .ops import far_slots, window_attention
@@ -137,13 +137,6 @@ def calibrate(
     base = {**identity, "model_type": model_type, "head_dim": head_dim, "fingerprint": fingerprint(model)}
     artifact = Artifact(base_model=base, config=sparse, heads=heads)
     return artifact.with_stage("calibrate", replace(config, lengths_tokens=tuple(lengths)), metrics)
-
-
-def default_lengths(context: int, sparse: SparseConfig) -> tuple[int, ...]:
-    """A quarter, a half and all of the context (at most 32768), none shorter than twice window + sinks."""
-    context = min(context, LONGEST_TOKENS)
-    shortest = 2 * (sparse.window_tokens + sparse.sink_tokens)
-    return tuple(sorted({min(context, max(shortest, context // part)) for part in (4, 2, 1)}))
 
 
 def score_document(

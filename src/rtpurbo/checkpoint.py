@@ -8,6 +8,7 @@ head map + indexer + distilled weights. Tensors are safetensors; nothing is ever
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "rtpurbo_config.json"
 FORMAT_VERSION = 1
-WORK_DIR = "work"
-"""Subdirectory for states of unfinished stages and the metrics of finished ones."""
+STAGES = ("calibrate", "train_indexer", "distill")
+WORK_DIR = ".rtpurbo-work"
+"""Subdirectory for states of unfinished stages, removed when a conversion ends."""
 _KEYS = ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
 _SECTIONS = {
     "base_model": ("name", "fingerprint"),
@@ -155,9 +157,13 @@ class Artifact:
             sweep(path)
 
     def with_stage(self, name: str, settings: Any, metrics: dict[str, Any], **changes: Any) -> Artifact:
-        """A copy with stage `name` recorded, and `changes` to other fields."""
-        stage = {"settings": dataclasses.asdict(settings), "metrics": metrics}
-        return dataclasses.replace(self, stages={**self.stages, name: stage}, **changes)
+        """A copy with stage `name` recorded and `changes` to other fields; what later stages made of the old one goes."""
+        stages = {n: self.stages[n] for n in STAGES[: STAGES.index(name)] if n in self.stages}
+        stages[name] = {"settings": dataclasses.asdict(settings), "metrics": metrics}
+        fresh: dict[str, Any] = {"weights_kind": None, "weights_path": None, **changes}
+        if name == "calibrate":
+            fresh = {"indexer": None, **fresh}
+        return dataclasses.replace(self, stages=stages, **fresh)
 
     def digest(self) -> str:
         """Hash of what the sparse model computes: base weights, settings, head map, index and distilled weights."""
@@ -283,6 +289,18 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What safetensors says of a file it cannot write, as the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        full = "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

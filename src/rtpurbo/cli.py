@@ -39,24 +39,44 @@ class Common:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
-    def load(self, name: str) -> tuple[Any, Any]:
+    def load(self, name: str, revision: str | None = None) -> tuple[Any, Any]:
         """The dense model and its tokenizer."""
         from .models import load_model
 
         say(f"Loading {name}")
-        return load_model(name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
-
-    def load_base(self, artifact: Any) -> tuple[Any, Any]:
-        """The artefact's base model, dense."""
-        return self.load(artifact.base_model["name"])
+        return load_model(
+            name, dtype=self.dtype, device=self.device, revision=revision, trust_remote_code=self.trust_remote_code
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Common, ConvertConfig):
-    """Make a sparse version of a model: calibrate, train the index, distil, verify, report."""
+class OfModel(Common):
+    """What commands take that start from a dense model."""
 
     model: tyro.conf.Positional[str]
     """Hub name, local directory, GGUF file, or smollm2-135m (embedded)."""
+    revision: str | None = None
+    """Revision of a model on the hub (branch, tag or commit)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfArtifact(Common):
+    """What commands take that run an artefact's model."""
+
+    base_model: str | None = None
+    """Where the base model lies, when not where the artefact says."""
+
+    def load_base(self, artifact: Any) -> tuple[Any, Any]:
+        """The artefact's base model, dense."""
+        if self.base_model is not None:
+            return self.load(self.base_model)
+        return self.load(artifact.base_model["name"], artifact.base_model.get("revision"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(OfModel, ConvertConfig):
+    """Make a sparse version of a model: calibrate, train the index, distil, verify, report."""
+
     sources: Sources = TRAINING
     """Training text: files, directories, hub datasets, installed-docs, installed-python, package:NAME."""
     heldout: Sources = HELDOUT
@@ -67,17 +87,21 @@ class Convert(Common, ConvertConfig):
     def run(self) -> Any:
         """Convert and print the table."""
         from .checkpoint import check_output
-        from .pipeline import convert, estimate
+        from .pipeline import check_plan, convert, estimate
 
         output = self.output or Path("out")
         check_output(output)
-        model, tokenizer = self.load(self.model)
+        model, tokenizer = self.load(self.model, self.revision)
         config = _seeded(self)
         if self.dry_run:
+            check_plan(model, config, [*self.sources, *self.heldout])
             result = estimate(model, config)
             _print_estimate(result, output)
             return result
-        convert(model, tokenizer, output, sources=self.sources, heldout=self.heldout, config=config, model_name=self.model)
+        convert(
+            model, tokenizer, output, sources=self.sources, heldout=self.heldout, config=config, model_name=self.model,
+            revision=self.revision,
+        )  # fmt: skip
         return _print_result(output)
 
 
@@ -87,18 +111,16 @@ def _part(command: Any, config: type[T]) -> T:
 
 
 def _seeded(command: Convert) -> ConvertConfig:
-    """The command's ConvertConfig, with its seed in every stage."""
-    stages = ("calibrate", "indexer", "distill", "evaluate")
-    parts = {name: dataclasses.replace(getattr(command, name), seed=command.seed) for name in stages}
+    """The command's ConvertConfig, with its seed in every stage that has none of its own."""
+    stages = {name: getattr(command, name) for name in ("calibrate", "indexer", "distill", "evaluate")}
+    parts = {name: dataclasses.replace(stage, seed=stage.seed or command.seed) for name, stage in stages.items()}
     return dataclasses.replace(_part(command, ConvertConfig), **parts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(Common, SparseOptions, CalibrateConfig):
+class Calibrate(OfModel, SparseOptions, CalibrateConfig):
     """Find a model's retrieval heads; the artefact works at once, with dense retrieval heads."""
 
-    model: tyro.conf.Positional[str]
-    """Hub name, local directory, GGUF file, or smollm2-135m (embedded)."""
     sources: Sources = TRAINING
     """Ordinary text."""
 
@@ -115,10 +137,10 @@ class Calibrate(Common, SparseOptions, CalibrateConfig):
 
         output = self.output or Path("out")
         check_output(output)
-        model, tokenizer = self.load(self.model)
+        model, tokenizer = self.load(self.model, self.revision)
         sparse = self.sparse(context=context_tokens(model))
         settings = _part(self, CalibrateConfig)
-        artifact = calibrate(model, tokenizer, self.sources, settings, sparse, model_name=self.model)
+        artifact = calibrate(model, tokenizer, self.sources, settings, sparse, model_name=self.model, revision=self.revision)
         save_stage(output, "calibrate", artifact, self.sources)
         metrics = artifact.stages["calibrate"]["metrics"]
         _out(str(artifact.heads))
@@ -129,7 +151,7 @@ class Calibrate(Common, SparseOptions, CalibrateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainIndexer(Common, IndexerConfig):
+class TrainIndexer(OfArtifact, IndexerConfig):
     """Stage 1: train the index of a calibrated artefact."""
 
     artifact: tyro.conf.Positional[Path]
@@ -145,7 +167,7 @@ class TrainIndexer(Common, IndexerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Common, DistillConfig):
+class Distill(OfArtifact, DistillConfig):
     """Stage 2: distil an artefact that has an index."""
 
     artifact: tyro.conf.Positional[Path]
@@ -177,16 +199,19 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     for key, value in metrics.items():
         if isinstance(value, (int, float)):
             _out(f"{key:24s} {value:.4g}")
+    for note in metrics.get("notes", []):
+        _out(f"Note: {note}")
     _out(f"Saved to {output}. Next: rtpurbo {following} {output}")
     return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Common, EvalConfig):
+class Eval(OfArtifact, EvalConfig):
     """Compare dense and sparse on the same samples: needles, loss, fidelity, speed, harness tasks."""
 
     artifact: tyro.conf.Positional[str]
-    """Directory or hub name of the artefact; results go to its eval.json unless --output says otherwise."""
+    """Directory or hub name of the artefact; results go to eval.json in its directory (of a hub name: in this one)
+    unless --output names another."""
     sources: Sources = HELDOUT
     """Held-out text for haystacks and loss."""
 
@@ -196,9 +221,11 @@ class Eval(Common, EvalConfig):
         from .pipeline import EVAL_FILE, verify
 
         path = find_artifact(self.artifact)
+        output = self.output or (path if Path(self.artifact).is_dir() else Path())
+        if output.is_file():
+            raise ValueError(f"Output {str(output)!r} is a file; expected a directory for {EVAL_FILE}.")
         artifact = Artifact.load(path)
         model, tokenizer = self.load_base(artifact)
-        output = self.output or path
         output.mkdir(parents=True, exist_ok=True)
         settings = _part(self, EvalConfig)
         result = verify(model, tokenizer, artifact, output, self.sources, settings)
@@ -208,7 +235,7 @@ class Eval(Common, EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Common):
+class Generate(OfArtifact):
     """Continue a prompt with the sparse model."""
 
     artifact: tyro.conf.Positional[str]
@@ -235,16 +262,21 @@ class Generate(Common):
         from .checkpoint import Artifact
         from .generate import chat_prompt, load
 
-        if self.prompt is None and self.prompt_file is None:
-            raise ValueError("Nothing to continue: give --prompt or --prompt-file.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
+        if self.dense and self.top_p_mass is not None:
+            raise ValueError("--top-p-mass is the sparse model's and has no effect with --dense; leave one of them out.")
         text = "" if self.prompt_file is None else _read_text(self.prompt_file)
-        text = "\n\n".join(part for part in (text, self.prompt) if part)
+        text = "\n\n".join(part for part in (text, self.prompt) if part and part.strip())
+        if not text:
+            raise ValueError("Nothing to continue: give a --prompt or a --prompt-file with text in it.")
         if self.dense:
             model, tokenizer = self.load_base(Artifact.load(self.artifact))
         else:
             model, tokenizer = load(
                 self.artifact,
                 top_p=self.top_p_mass,
+                base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
@@ -360,13 +392,15 @@ class Doctor(Common):
         result = examine()
         for key, value in result.items():
             _out(f"{key:24s} {value}")
+        if self.output:
+            self.output.write_text(json.dumps(result, indent=1) + "\n")
         if not result["self_test_passed"]:
             raise ValueError("The self-test failed: sparse attention differs from its reference on this machine.")
         return result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Common):
+class Bench(OfArtifact):
     """Measure prefill, decode and cache bytes of dense and sparse on this machine."""
 
     artifact: tyro.conf.Positional[str]
@@ -441,6 +475,17 @@ def _read_text(path: Path) -> str:
     return path.read_text(errors="replace")
 
 
+def _check_files(command: Common) -> None:
+    """ValueError, before anything runs, for a file that could not be written in the end."""
+    files = {"--json": command.json}
+    if isinstance(command, Generate | Info | Doctor | Bench):
+        files["--output"] = command.output
+    for flag, path in files.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            what = "is a directory" if path.is_dir() else "lies in a directory that does not exist"
+            raise ValueError(f"{flag} {str(path)!r} {what}; expected a file in an existing directory.")
+
+
 def _print_estimate(result: dict[str, Any], output: Path) -> None:
     for name, seconds in result["seconds"].items():
         _out(f"{name:16s} about {seconds / 60:.1f} min")
@@ -486,6 +531,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     try:
         command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="rtpurbo", description=__doc__)
+        _check_files(command)
         result = command.run()
         if command.json is not None:
             from .checkpoint import write_json

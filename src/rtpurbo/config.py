@@ -73,7 +73,7 @@ class CalibrateConfig:
     """Score heads by the needle's attention and by what the model loses without their far attention (effect), by
     needle and far attention mass (attention), or by the needle alone (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
-    """Document lengths in tokens; empty: a quarter, a half and all of the context, at least 2 windows."""
+    """Document lengths in tokens; empty: a quarter, a half and all of the context (at most 32768), at least 2 windows."""
     documents: int = 9
     """Documents per length: repeated spans, questions and ordinary text in turn."""
     needle_tokens: int = 48
@@ -189,8 +189,9 @@ class DistillConfig(TrainConfig):
 class EvalConfig:
     """What `rtpurbo eval` measures, dense and sparse on the same samples."""
 
-    lengths_tokens: tuple[int, ...] = (2048, 4096)
-    """Prompt lengths of the needle grid in tokens."""
+    lengths_tokens: tuple[int, ...] = ()
+    """Prompt lengths of the needle grid in tokens; empty: a quarter, a half and all of the context (at most 32768), at
+    least 2 windows."""
     samples: tuple[int, ...] = (40,)
     """Needle samples per length and kind; one number for all lengths or one per length."""
     kinds: tuple[str, ...] = ("single", "multi_key", "multi_value", "multi_query")
@@ -211,13 +212,43 @@ class EvalConfig:
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        _require(len(self.lengths_tokens) > 0, "lengths_tokens", "at least one length", self.lengths_tokens)
-        _require(
-            len(self.samples) in (1, len(self.lengths_tokens)), "samples", "one number, or one per length", self.samples
-        )
+        counts = len(self.samples)
+        fits = counts in (1, len(self.lengths_tokens)) if self.lengths_tokens else counts > 0
+        _require(fits, "samples", "one number, or one per length", self.samples)
+        for name in ("lengths_tokens", "samples"):
+            least = 1 if name == "lengths_tokens" else 0
+            _require(min(getattr(self, name), default=1) >= least, name, f"{least} or more", getattr(self, name))
+        for name in ("loss_documents", "loss_length_tokens", "fidelity_documents", "decode_tokens"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.task_limit is None or self.task_limit >= 1, "task_limit", "1 or more", self.task_limit)
         known = ("single", "multi_key", "multi_value", "multi_query")
         for kind in self.kinds:
             _require(kind in known, "kinds", f"among {', '.join(known)}", kind)
+
+    def resolved(self, context: int, sparse: SparseConfig) -> EvalConfig:
+        """The same with its lengths, for a model of this context length; ValueError for a length beyond it."""
+        lengths = self.lengths_tokens or default_lengths(context, sparse)
+        for length in (*lengths, self.loss_length_tokens):
+            if length > context:
+                raise ValueError(f"A length of {length} tokens is beyond the model's context of {context}; ask for less.")
+        _require(
+            len(self.samples) in (1, len(lengths)),
+            "samples",
+            f"one number, or one per length ({len(lengths)})",
+            self.samples,
+        )
+        return dataclasses.replace(self, lengths_tokens=lengths)
+
+
+LONGEST_TOKENS = 32768
+"""Documents are no longer than this by default, however long the context."""
+
+
+def default_lengths(context: int, sparse: SparseConfig) -> tuple[int, ...]:
+    """A quarter, a half and all of the context (at most 32768), none shorter than twice window + sinks."""
+    context = min(context, LONGEST_TOKENS)
+    shortest = 2 * (sparse.window_tokens + sparse.sink_tokens)
+    return tuple(sorted({min(context, max(shortest, context // part)) for part in (4, 2, 1)}))
 
 
 def default_window_tokens(context_tokens: int) -> int:

@@ -18,6 +18,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,23 @@ def read_source(source: str) -> list[str]:
     return texts
 
 
+def check_source(source: str) -> None:
+    """ValueError for a source that does not exist, without reading it; hub names are taken on trust."""
+    path = Path(source)
+    if source.startswith("package:"):
+        _package(source.removeprefix("package:"))
+    elif source.removesuffix(":heldout") not in ("installed-docs", "installed-python") and not path.exists():
+        _check_hub_name(source)
+
+
+def _check_hub_name(source: str) -> None:
+    if Path(source).exists() or source.startswith((".", "/")) or source.count("/") != 1:
+        raise ValueError(
+            f"Source {source!r} does not exist or has an unknown type; expected .txt, .md, .jsonl(.gz), .parquet, "
+            "a directory, owner/dataset, installed-docs, installed-python or package:NAME."
+        )
+
+
 def _file_or_dataset_texts(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
@@ -63,16 +81,13 @@ def _file_or_dataset_texts(source: str) -> list[str]:
             rows = datasets.load_dataset("json", data_files=str(path), split="train")
         elif path.is_file() and name.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        elif path.exists() or source.startswith((".", "/")) or source.count("/") != 1:
-            raise ValueError(
-                f"Source {source!r} does not exist or has an unknown type; expected .txt, .md, .jsonl(.gz), .parquet, "
-                "a directory, owner/dataset, installed-docs, installed-python or package:NAME."
-            )
         else:
+            _check_hub_name(source)
             repository, _, config = source.partition(":")
             rows = datasets.load_dataset(repository, config or None, split="train")
     except (OSError, RuntimeError, ArrowInvalid, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # datasets says "an error occurred" and has the reason below
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(f"Source {source!r} could not be read: {reason}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"Source {source!r} has no field 'text'; its fields: {', '.join(rows.column_names)}.")
@@ -104,13 +119,18 @@ def _directory_texts(root: Path, *, docs: bool = False) -> Iterator[str]:
             yield text
 
 
-def _package_texts(name: str) -> list[str]:
+def _package(name: str) -> ModuleSpec:
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         spec = None
     if spec is None:
         raise ValueError(f"Package {name!r} is not installed; install it or name another source.")
+    return spec
+
+
+def _package_texts(name: str) -> list[str]:
+    spec = _package(name)
     if spec.submodule_search_locations is not None:
         return [text for folder in spec.submodule_search_locations for text in _directory_texts(Path(folder))]
     if spec.origin is None or not spec.origin.endswith(".py"):

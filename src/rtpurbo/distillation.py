@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
-from .checkpoint import Artifact, check_fingerprint
+from .checkpoint import Artifact, check_fingerprint, writing
 from .config import DistillConfig
 from .data import documents, mixed_document, shorter, shortest_document
-from .families import document_length
+from .families import document_length, text_attention
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -229,7 +229,12 @@ def _student(model: Any, config: DistillConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     rank = config.lora_rank
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
+    targets: list[str] = list(LORA_TARGETS)
+    if model.config.get_text_config(decoder=True) is not model.config:  # other towers may use the same names
+        ours = {id(module) for module in text_attention(model)}
+        names = [name for name, module in model.named_modules() if id(module) in ours]
+        targets = [f"{name}.{part}" for name in names for part in LORA_TARGETS]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
 
@@ -252,7 +257,8 @@ def _write_weights(
     if not main:
         return target
     options = {"save_embedding_layers": False} if config.weights == "lora" else {}  # PEFT would ask the hub about them
-    student.save_pretrained(target, state_dict=state, **options)
+    with writing(target):
+        student.save_pretrained(target, state_dict=state, **options)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's card template; the artefact has its own
     if config.weights == "full":
         tokenizer.save_pretrained(target)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from .config import LONGEST_TOKENS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -57,10 +59,9 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """
     config = model.config.get_text_config(decoder=True)
     check_supported(config.model_type)
-    family = FAMILIES[config.model_type]
     found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if type(module).__name__ == family.attention and not _is_sliding(module, config):
+    for module in text_attention(model):
+        if not _is_sliding(module, config):
             found[module.layer_idx] = module  # type: ignore[index]
     if not found:
         raise ValueError(
@@ -68,6 +69,12 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"{getattr(config, 'sliding_window', None)} tokens. Choose a model with full-attention layers."
         )
     return dict(sorted(found.items()))
+
+
+def text_attention(model: PreTrainedModel) -> list[nn.Module]:
+    """Attention modules of all decoder layers, sliding ones too."""
+    name = FAMILIES[model.config.get_text_config(decoder=True).model_type].attention
+    return [module for module in model.modules() if type(module).__name__ == name]
 
 
 def _is_sliding(module: nn.Module, config) -> bool:
@@ -92,10 +99,6 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int, int, int]:
 def context_tokens(model: PreTrainedModel) -> int:
     """Longest sequence the model was made for, in tokens."""
     return int(model.config.get_text_config(decoder=True).max_position_embeddings)
-
-
-LONGEST_TOKENS = 32768
-"""Documents are no longer than this by default, however long the context."""
 
 
 def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) -> None:

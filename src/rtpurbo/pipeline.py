@@ -15,24 +15,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE, WORK_DIR, Artifact, check_output, sweep, write_json
-from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, default_window_tokens
-from .families import LONGEST_TOKENS, context_tokens, head_counts
+from .checkpoint import CONFIG_FILE, STAGES, WORK_DIR, Artifact, check_fingerprint, check_output, sweep, write_json
+from .config import (
+    LONGEST_TOKENS,
+    CalibrateConfig,
+    DistillConfig,
+    EvalConfig,
+    IndexerConfig,
+    SparseConfig,
+    default_lengths,
+    default_window_tokens,
+)
+from .data import check_source
+from .families import check_lengths, context_tokens, document_length, head_counts
+from .model_card import read_evaluation
+from .models import fingerprint
 
 EVAL_FILE = "eval.json"
 METRICS_DIR = "metrics"
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
 """Default sources of training and evaluation text."""
-STAGES = ("calibrate", "train_indexer", "distill")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseOptions:
     """A SparseConfig whose window may follow from the model."""
 
-    window_tokens: int = 0
-    """Window of local heads in tokens; 0: an eighth of the context, at least 256 and at most 8192."""
+    window_tokens: int | None = None
+    """Window of local heads in tokens; default: an eighth of the context, at least 256 and at most 8192."""
     sink_tokens: int = 4
     """First real tokens of a sequence that every head sees."""
     index_dim: int = 16
@@ -45,10 +56,9 @@ class SparseOptions:
 
     def sparse(self, *, context: int) -> SparseConfig:
         """SparseConfig for a model of this context length in tokens."""
-        if self.window_tokens < 0:
-            raise ValueError(f"window_tokens must be at least 1 token (or 0 for the default), got {self.window_tokens!r}.")
+        window = default_window_tokens(context) if self.window_tokens is None else self.window_tokens
         return SparseConfig(
-            window_tokens=self.window_tokens or default_window_tokens(context),
+            window_tokens=window,
             sink_tokens=self.sink_tokens,
             index_dim=self.index_dim,
             top_p=self.top_p,
@@ -106,12 +116,13 @@ def convert(
     config = config or ConvertConfig()
     path = Path(output)
     check_output(path)
-    sparse = config.sparse(context=context_tokens(model))
+    sparse = check_plan(model, config, [*sources, *heldout])
+    weights = fingerprint(model)
     fresh: Artifact | None = None
 
     def stage(name: str, settings: Any, run: Callable[[], Artifact]) -> Artifact:
         """Stage `name` as it is in `output`, or run now and saved there."""
-        found = finished_stage(path, name, settings, after=fresh, sparse=sparse, sources=sources)
+        found = finished_stage(path, name, settings, after=fresh, sparse=sparse, sources=sources, weights=weights)
         if found is not None:
             say(f"{name}: finished before, kept")
             return found
@@ -136,11 +147,34 @@ def convert(
             config.distill,
             lambda: distill(model, tokenizer, before, sources, config.distill, work=path / WORK_DIR / "distill"),
         )
+    if Artifact.load(path).stages != fresh.stages:  # of an earlier conversion that went further
+        fresh.save(path)
     verify(model, tokenizer, fresh, path, heldout, config.evaluate)
     write_report(path)
     shutil.rmtree(path / WORK_DIR, ignore_errors=True)
     sweep(path)
     return fresh
+
+
+def check_plan(model: Any, config: ConvertConfig, sources: list[str]) -> SparseConfig:
+    """What a conversion would stumble over hours later, refused at once; window, sinks, dimension and p of the result.
+
+    Raises:
+        ValueError: a length beyond the context or not longer than window + sinks, an index wider than a head, a source
+            that does not exist.
+    """
+    context = context_tokens(model)
+    sparse = config.sparse(context=context)
+    head_dim = head_counts(model)[3]
+    if sparse.index_dim > head_dim:
+        raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {sparse.index_dim}.")
+    check_lengths(config.calibrate.lengths_tokens or default_lengths(context, sparse), context, sparse)
+    for stage in (config.indexer, config.distill):
+        document_length(model, stage.length_tokens, sparse)
+    config.evaluate.resolved(context, sparse)
+    for source in sources:
+        check_source(source)
+    return sparse
 
 
 def finished_stage(
@@ -151,14 +185,19 @@ def finished_stage(
     after: Artifact | None,
     sparse: SparseConfig,
     sources: list[str] | tuple[str, ...],
+    weights: str,
 ) -> Artifact | None:
-    """The artefact in `path` cut back to stage `name`, when that stage has these settings and inputs; else None."""
+    """The artefact in `path` cut back to stage `name`, when that stage has these settings and inputs; else None.
+
+    Args:
+        weights: fingerprint of the model to convert.
+    """
     if not (path / CONFIG_FILE).is_file():
         return None
     artifact = Artifact.load(path)
     record = artifact.stages.get(name)
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if record is None or record.get("sources") != list(sources):
+    if record is None or record.get("sources") != list(sources) or artifact.base_model["fingerprint"] != weights:
         return None
     got = dict(record["settings"])
     if name == "calibrate":
@@ -187,6 +226,8 @@ def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | t
     artifact = dataclasses.replace(artifact, stages={**artifact.stages, name: record})
     artifact.save(path)
     lines = path / WORK_DIR / name / "metrics.jsonl"
+    for later in STAGES[STAGES.index(name) :]:
+        (path / METRICS_DIR / f"{later}.jsonl").unlink(missing_ok=True)
     if lines.is_file():
         (path / METRICS_DIR).mkdir(exist_ok=True)
         shutil.copyfile(lines, path / METRICS_DIR / f"{name}.jsonl")
@@ -199,11 +240,17 @@ def verify(
     """Evaluate and write `eval.json`; an evaluation of the same artefact with the same settings is kept."""
     from .evals import evaluate
 
+    check_fingerprint(model, artifact)
+    config = config.resolved(context_tokens(model), artifact.config)
     wanted = json.loads(json.dumps({"settings": dataclasses.asdict(config), "sources": list(heldout)}))
     of = artifact.digest()
     file = path / EVAL_FILE
     if file.is_file():
-        found = json.loads(file.read_text())
+        try:
+            found = read_evaluation(path)
+        except ValueError as error:
+            say(f"evaluate: the old result is left aside ({error})")
+            found = {}
         if {key: found.get(key) for key in wanted} == wanted and found.get("artifact") == of:
             say("evaluate: finished before, kept")
             return found
@@ -223,8 +270,6 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     import time
 
     import torch
-
-    from .calibration import default_lengths
 
     sparse = config.sparse(context=context_tokens(model))
     context = min(context_tokens(model), LONGEST_TOKENS)
@@ -246,7 +291,8 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
         attention = 4 * layers * query_heads * head_dim * length / 2
         return per_token * length * (1 + attention / (2 * parameters))
 
-    c, i, d, e = config.calibrate, config.indexer, config.distill, config.evaluate
+    c, i, d = config.calibrate, config.indexer, config.distill
+    e = config.evaluate.resolved(context_tokens(model), sparse)
     lengths = c.lengths_tokens or default_lengths(context, sparse)
     passes = 4.0 if c.scoring == "effect" else 1.0  # forward, recomputation, backward
     indexer_length, distill_length = i.length_tokens or context, d.length_tokens or context

@@ -94,6 +94,7 @@ def write_report(artifact_dir: Path, output: Path | None = None) -> Path:
     artifact = Artifact.load(folder)
     card.check_artifact(artifact, str(folder / CONFIG_FILE))
     curves = {stage: card.read_curve(folder, stage) for stage in ("train_indexer", "distill")}
+    curves = {stage: rows for stage, rows in curves.items() if stage in artifact.stages}
     page = _page(artifact, card.read_evaluation(folder), curves)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
@@ -118,7 +119,8 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
         "Dense and sparse": _notes(card.gaps(artifact, evaluation)) + summary,
         "Head map": _head_map(artifact),
         "Index": _curves("train_indexer", artifact, curves) + _index_units(artifact, evaluation),
-        "Distillation": _curves("distill", artifact, curves),
+        "Distillation": _curves("distill", artifact, curves)
+        + _notes(artifact.stages.get("distill", {}).get("metrics", {}).get("notes", [])),
         "Needles in long documents": _needles(evaluation.get("needle", [])),
         "Loss by position": _loss(evaluation.get("loss", {})),
         "Cache": _cache(artifact, pairs) if pairs else "",
@@ -236,7 +238,7 @@ def _head_map(artifact: Artifact) -> str:
 
 def _curves(stage: str, artifact: Artifact, curves: dict[str, list[dict[str, float]]]) -> str:
     """Loss, top-1 agreement (distillation) and learning rate by step, side by side."""
-    figures, rows = [], curves[stage]
+    figures, rows = [], curves.get(stage, [])
     for key, title, color, caption in (
         ("loss", "loss (nats)", SPARSE, "Look for a fall that levels off; one that goes on asks for more steps."),
         ("top1_agreement", "same top token", SPARSE, "Look for a rise: how often sparse and dense agree on the next token."),

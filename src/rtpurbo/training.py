@@ -87,7 +87,7 @@ def train(
             kept = f"the state after step {saved} is kept in {work}" if saved else "nothing was saved"
             raise ValueError(
                 f"{what}: the loss became {metrics['loss']} (gradient norm {norm}) at step {step}; {kept}. "
-                "Use a lower --learning-rate."
+                "Use a lower --learning-rate, which starts the stage anew."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -162,7 +162,7 @@ def _shared_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _save(work: Path, module, optimizer, settings: str, history: list[dict[str, float]], accelerator) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name, parameter in _trainable(module).items():
@@ -173,7 +173,7 @@ def _save(work: Path, module, optimizer, settings: str, history: list[dict[str, 
         rows = [json.dumps(row) for row in history]
         header = {"settings": settings, "metrics": f"[{','.join(rows)}]"}
         with atomic_path(work / STATE_FILE) as path:
-            save_file({name: t.contiguous().clone() for name, t in tensors.items()}, path, metadata=header)
+            path.write_bytes(save({name: t.contiguous().clone() for name, t in tensors.items()}, metadata=header))
         with atomic_path(work / METRICS_FILE) as path:
             path.write_text("".join(row + "\n" for row in rows))
     accelerator.wait_for_everyone()

@@ -75,14 +75,11 @@ def evaluate(
     Raises:
         ValueError: other weights than the artefact's, lengths beyond the context, too little text.
     """
-    config = config or EvalConfig()
     check_fingerprint(model, artifact)
     context = context_tokens(model)
+    config = (config or EvalConfig()).resolved(context, artifact.config)
     longest = max(config.lengths_tokens)
     loss_length = config.loss_length_tokens or longest
-    for length in (*config.lengths_tokens, loss_length):
-        if length > context:
-            raise ValueError(f"A length of {length} tokens is beyond the model's context of {context}; ask for less.")
     result: dict[str, Any] = {"settings": dataclasses.asdict(config), "sources": list(sources)}
     with both(model, artifact) as switch:
         result["needle"] = _needles(switch, tokenizer, sources, config)
@@ -102,7 +99,8 @@ def evaluate(
             result["speed"] = {}
             for name in ("dense", "sparse"):
                 with switch(name) as ready:
-                    result["speed"][name] = measure_decode(ready, texts[0], new_tokens=config.decode_tokens)
+                    prompt = texts[0][: context - config.decode_tokens]
+                    result["speed"][name] = measure_decode(ready, prompt, new_tokens=config.decode_tokens)
         if config.fidelity_documents and artifact.indexer is not None:
             with switch("sparse") as ready:
                 sparse = artifact.config

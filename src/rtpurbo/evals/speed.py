@@ -73,7 +73,13 @@ def bench(
     from .compare import both
 
     check_fingerprint(model, artifact)
-    longest = context_tokens(model) - new_tokens
+    context = context_tokens(model)
+    longest = context - new_tokens
+    if new_tokens < 1 or longest < 1 or min(lengths_tokens, default=0) < 1:
+        raise ValueError(
+            f"Expected lengths of 1 or more tokens and 1 to {context - 1} new ones (the context holds {context}), got "
+            f"lengths {', '.join(map(str, lengths_tokens)) or 'none'} and {new_tokens} new tokens."
+        )
     lengths = dict.fromkeys(min(length, longest) for length in lengths_tokens)
     rows = []
     with both(model, artifact) as switch:
