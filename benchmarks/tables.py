@@ -11,68 +11,67 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def smollm2() -> str:
-    """The SmolLM2-135M artefact of this repository, and what a distillation of it gave."""
+    """The SmolLM2-135M artefact of this repository."""
     found = json.loads((RESULTS / "smollm2_8k_group.json").read_text())
     stages, environment, evaluation = found["stages"], found["environment"], found["evaluation"]
-    index, settings = stages["train_indexer"]["metrics"], stages["distill"]["settings"]
-    shipped, distilled = evaluation["after_stage_1"], evaluation["main"]
-
-    def needles(part: dict) -> list[tuple[str, ...]]:
-        return [
-            (
-                f"needle questions answered, {row['length_tokens']} tokens",
-                f"{row['samples']}",
-                f"{row['dense']:.1%}",
-                f"{row['sparse']:.1%}",
-            )
-            for row in part["needle"]
-        ]
-
-    def losses(part: dict, what: str) -> list[tuple[str, ...]]:
-        return [
-            (
-                f"held-out loss, {what}",
-                f"{row['documents']} documents of {row['length_tokens']}",
-                f"{row['dense']:.3f}",
-                f"{row['sparse']:.3f} ({row['recovery'] - 1:+.2%})",
-            )
-            for row in part["loss"].values()
-        ]
-
-    loss = json.loads((RESULTS / "smollm2_cpu_eval.json").read_text())["loss"]
-    on_cpu = {"loss": {source: row for source, row in loss.items() if source.startswith("package:")}}
+    main, seconds = evaluation["main"], found["seconds"]
     bench = json.loads((RESULTS / "smollm2_cpu_bench.json").read_text())
     at = bench["rows"][-1]
-    decode = [f"{at[name]['decode_tokens_per_second']:.1f}" for name in ("dense", "sparse")]
-    cache = [f"{distilled['speed'][name]['cache_bytes'] / 1e6:.0f} MB" for name in ("dense", "sparse")]
-    rows = [
-        ("**index trained** (the artefact in this repository)", "", "", ""),
-        *needles(shipped),
-        *losses(shipped, "novels"),
-        *losses(on_cpu, "code"),
+    names = {"single": "one fact hidden", "multi_key": "four facts, one asked", "multi_query": "four facts, two asked"}
+    names["multi_value"] = "two facts of one name, both asked"
+    needles = [
         (
-            f"attention mass kept, p = {index['top_p']}",
-            f"{index['documents']} documents of {index['length_tokens']}",
-            "100 %",
-            f"{index['mass_kept']:.1%}",
-        ),
-        ("far tokens selected", "the same", "100 %", f"{index['far_selected_ratio']:.1%}"),
-        ("KV cache, measured", f"1 document of {index['length_tokens']}", *cache),
-        (f"decode, tokens/s on {bench['environment']['device']}", f"1 document of {at['length_tokens']}", *decode),
-        (f"**then {settings['steps']} steps of distillation**, rate {settings['learning_rate']} (not shipped)", "", "", ""),
-        *needles(distilled),
-        *losses(distilled, "novels"),
-        *losses(evaluation["code"], "code"),
+            f"{names[row['kind']]}, {row['length_tokens']} tokens",
+            f"{row['samples']} questions",
+            f"{row['dense']:.1%}",
+            f"{row['sparse']:.1%} ({' to '.join(f'{x:+.1%}' for x in row['difference_95'])})",
+        )
+        for part in ("main", "other")
+        for row in evaluation[part]["needle"]
+        if row["kind"] in ("single", "multi_key")
     ]
+    losses = [
+        (
+            f"held-out loss, {what}",
+            f"{row['documents']} documents of {row['length_tokens']}",
+            f"{row['dense']:.3f}",
+            f"{row['sparse']:.3f} ({row['recovery'] - 1:+.2%})",
+        )
+        for part, what in (("main", "novels"), ("code", "scikit-learn's source"))
+        for row in evaluation[part]["loss"].values()
+    ]
+    index = [
+        (what, f"{part['documents']} documents of {part['length_tokens']}", "100 %", f"{part[key]:.1%}")
+        for key, what in (
+            ("mass_kept", f"attention mass kept, p = {found['sparse']['top_p']}"),
+            ("far_selected_ratio", "far tokens selected"),
+        )
+        for part in (evaluation["main"]["index"],)
+    ]
+    rows = [
+        *needles,
+        *losses,
+        *index,
+        (
+            "KV cache, measured",
+            f"1 document of {main['settings']['lengths_tokens'][-1]}",
+            *(f"{main['speed'][name]['cache_bytes'] / 1e6:.0f} MB" for name in ("dense", "sparse")),
+        ),
+        (
+            f"decode, tokens/s on {bench['environment']['device']}",
+            f"1 document of {at['length_tokens']}",
+            *(f"{at[name]['decode_tokens_per_second']:.1f}" for name in ("dense", "sparse")),
+        ),
+    ]
+    index_steps, settings = stages["train_indexer"]["settings"]["steps"], stages["distill"]["settings"]
     lines = ["| SmolLM2-135M, 8K, window 1024, 15 % of KV groups | samples | dense | sparse |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += [
         "",
-        f"Decode and the first loss on code: CPU; all else: one {environment['device']}, PyTorch {environment['torch']}, "
-        f"Transformers {environment['transformers']}; calibration {found['seconds']['calibrate']:.0f} s, index "
-        f"{found['seconds']['train_indexer']:.0f} s, distillation {found['seconds']['distill']:.0f} s. That distillation "
-        "repaired loss and cost retrieval, so the artefact has no adapter; the default rate is lower now, see "
-        "[docs/log.md](docs/log.md).",
+        f"Decode: CPU; all else: one {environment['device']}, PyTorch {environment['torch']}, Transformers "
+        f"{environment['transformers']}. Calibration took {seconds['calibrate']:.0f} s, {index_steps} index steps "
+        f"{seconds['train_indexer']:.0f} s, {settings['steps']} distillation steps of {settings['batch_size']} documents "
+        f"{seconds['distill']:.0f} s. In brackets: 95 % interval of the paired difference, or the difference.",
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ the code that runs on GPUs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rtpurbo import distillation
+from rtpurbo import cli, distillation
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import DistillConfig, IndexerConfig
 from rtpurbo.distillation import distill, top_kl
@@ -126,11 +127,8 @@ def worker(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Directory in which two processes have run `worker`."""
-    path = tmp_path_factory.mktemp("distributed")
-    (path / "prose.txt").write_text(prose(20000))
+def launch(path: Path, command: list[str]) -> None:
+    """Run a Python command in two processes that know of each other, from directory `path`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -138,11 +136,10 @@ def folder(tmp_path_factory):
     shared["MKL_CBWR"] = "COMPATIBLE"  # else MKL's last bit depends on where a tensor lies in memory
     running = []
     for rank in range(WORLD):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (path / f"log{rank}.txt").open("w") as log:
-            command = [sys.executable, __file__, str(path)]
             running.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **shared, **own})
+                subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=env, cwd=path)
             )
     try:
         for rank, process in enumerate(running):
@@ -151,6 +148,14 @@ def folder(tmp_path_factory):
         for process in running:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Directory in which two processes have run `worker`."""
+    path = tmp_path_factory.mktemp("distributed")
+    (path / "prose.txt").write_text(prose(20000))
+    launch(path, [__file__, str(path)])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         yield path
@@ -247,6 +252,34 @@ def test_a_sharded_run_that_was_killed_goes_on_bitwise(folder, found):
     a, b = (weights_of(Artifact.load(folder / name)) for name in ("resumed", "fsdp-full"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_commands_run_in_two_processes(single, tmp_path):
+    """What `accelerate launch -m rtpurbo.cli` runs: both stages, saved by one process, as one process would do it."""
+    model, indexed = single
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prose.txt").write_text(prose(20000))
+    base = {**indexed.base_model, "name": str(tmp_path / "model")}
+    dataclasses.replace(indexed, base_model=base, indexer=None, stages={}).save(tmp_path / "start")
+    common = ["--sources", "prose.txt", "--length-tokens", "96", "--retrieval-ratio", "0", "--device", "cpu", "--steps", "3"]
+    first = ["train-indexer", "start", "--documents", "4", "--queries", "16", *common]
+    second = ["distill", "--labels", "24", "--lora-rank", "4", *common]
+    module = ["-m", "rtpurbo.cli"]
+    launch(tmp_path, [*module, *first, "-o", "two"])
+    launch(tmp_path, [*module, *second, "two"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert cli.main([*first, "-o", "one", "--batch-size", "2"]) == 0
+        assert cli.main([*second, "one", "--batch-size", "2"]) == 0
+    one, two = (Artifact.load(tmp_path / name) for name in ("one", "two"))
+    assert {p.name.split(".")[0] for p in (tmp_path / "two").iterdir()} == {
+        "rtpurbo_config", "rtpurbo_indexer", "lora", "metrics",
+    }  # fmt: skip
+    for name, t in one.indexer.items():
+        torch.testing.assert_close(two.indexer[name], t, atol=1e-5, rtol=1e-4)
+    for key, value in one.stages["distill"]["metrics"].items():
+        assert two.stages["distill"]["metrics"][key] == pytest.approx(value, rel=1e-3), key
 
 
 def test_the_model_comes_back_unsharded_and_unchanged(found):

@@ -186,16 +186,21 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     from .checkpoint import WORK_DIR, Artifact, check_output
     from .pipeline import save_stage
 
+    from accelerate import Accelerator
+
     output = command.output or command.artifact
     check_output(output)
     artifact = Artifact.load(command.artifact)
     model, tokenizer = command.load_base(artifact)
     settings: Any = _part(command, config)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")  # one process, or those of `accelerate launch`
     work = output / WORK_DIR / name
-    artifact = function(model, tokenizer, artifact, command.sources, settings, work=work)
+    artifact = function(model, tokenizer, artifact, command.sources, settings, work=work, accelerator=accelerator)
+    metrics = artifact.stages[name]["metrics"]
+    if not accelerator.is_main_process:
+        return metrics
     save_stage(output, name, artifact, command.sources)
     shutil.rmtree(output / WORK_DIR, ignore_errors=True)
-    metrics = artifact.stages[name]["metrics"]
     for key, value in metrics.items():
         if isinstance(value, (int, float)):
             _out(f"{key:24s} {value:.4g}")

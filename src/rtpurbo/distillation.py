@@ -189,6 +189,8 @@ def distill(
             inputs=stage_inputs(artifact, sources),
         )
         after = held_out_kl() if config.steps else 0.0
+        if config.weights == "lora":  # what the artefact calls its base, not where it lies on this machine
+            student.peft_config["default"].base_model_name_or_path = artifact.base_model["name"]
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
         accelerator.wait_for_everyone()
     finally:
