@@ -1,5 +1,9 @@
 """The Triton kernels against the reference, through Triton's interpreter where there is no GPU."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -194,3 +198,44 @@ def test_gradients(select, padding):
             close(got[i], (q, k, v), lambda *x, i=i: gradients(lambda q, k, v: plain(q, k, v, keep, SCALING), x)[i])
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}") from error
+
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rtpurbo.ops import kernels
+
+POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
+            "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8"}
+
+def compiled(name, capability, **constants):
+    kernel = getattr(kernels, name)
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    types = {}
+    for argument in kernel.arg_names:
+        scalar = "fp32" if argument in ("top_p", "scale") else "i32"
+        pointer = POINTERS.get(argument, "*bf16") if argument.startswith("p_") else scalar
+        types[argument] = "constexpr" if argument in constants else pointer
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    return len(binary.asm["cubin"])
+
+tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256}
+sizes = []
+for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
+    for local, select in modes:
+        for name in ("_forward", "_backward_queries", "_backward_keys"):
+            sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
+    sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
+print(json.dumps(sizes))
+"""
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """Triton's interpreter lets pass what its compiler refuses; the compiler needs no GPU."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(size > 1000 for size in json.loads(done.stdout.splitlines()[-1]))

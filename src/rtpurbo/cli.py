@@ -183,10 +183,10 @@ class Distill(OfArtifact, DistillConfig):
 
 
 def _run_stage(command: Any, name: str, function: Any, config: type, following: str) -> dict[str, Any]:
+    from accelerate import Accelerator
+
     from .checkpoint import WORK_DIR, Artifact, check_output
     from .pipeline import save_stage
-
-    from accelerate import Accelerator
 
     output = command.output or command.artifact
     check_output(output)

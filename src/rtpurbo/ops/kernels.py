@@ -53,6 +53,40 @@ def _kept(m_seen, q_slot, k_slot, b_iq, b_ik, b_least, b_sink, window):
 
 
 @triton.jit
+def _first_key(begin, first_query, first_slot, window, N: tl.constexpr, LOCAL: tl.constexpr):
+    """Slot of the first key tile that a tile of queries from slot `begin` on looks at."""
+    start_at = first_slot // N * N
+    if LOCAL:
+        oldest = tl.maximum(tl.maximum(begin, first_query) - window + 1, 0)
+        start_at = tl.maximum(start_at, oldest // N * N)
+    return start_at
+
+
+@triton.jit
+def _key_tile(
+    p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+    D: tl.constexpr, d: tl.constexpr, N: tl.constexpr,
+    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the N slots from `start` on, and which queries attend to them: [N, D], [N, D], [M, N]."""
+    last = first_slot + length
+    o_k = start + tl.arange(0, N)
+    m_k = (o_k >= first_slot) & (o_k < last)
+    o_l, o_d = o_k - first_slot, tl.arange(0, D)
+    b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+    b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+    b_real = o_k
+    if PADDED:
+        b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
+    m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :]
+    if SELECT:
+        b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + tl.arange(0, d), mask=m_k[:, None], other=0.0)
+        b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
+        m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+    return b_k, b_v, m_seen
+
+
+@triton.jit
 def _thresholds(
     p_iq, p_ik, p_real, p_least, queries, slots, units, top_p,
     d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
@@ -134,10 +168,8 @@ def _forward(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     stop = tl.minimum(begin + M, last)
-    start_at = first_slot // N * N
+    start_at = _first_key(begin, last - queries, first_slot, window, N, LOCAL)
     if LOCAL:
-        start_at = tl.maximum(start_at, (tl.maximum(begin, last - queries) - window + 1) // N * N)
-        start_at = tl.maximum(start_at, 0)
         o_s = tl.arange(0, S)
         b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
         b_sk = tl.load(p_sk + (row * S + o_s[:, None]) * D + o_d)
@@ -149,19 +181,10 @@ def _forward(
         total = tl.sum(old, 1)
         acc = tl.dot(old.to(b_sv.dtype), b_sv, input_precision="ieee")
     for start in range(start_at, stop, N):
-        o_k = start + tl.arange(0, N)
-        m_k = (o_k >= first_slot) & (o_k < last)
-        o_l = o_k - first_slot
-        b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
-        b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
-        b_real = o_k
-        if PADDED:
-            b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
-        m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :]
-        if SELECT:
-            b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + o_i, mask=m_k[:, None], other=0.0)
-            b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
-            m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+        b_k, b_v, m_seen = _key_tile(
+            p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+            D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
+        )  # fmt: skip
         logits = tl.where(m_seen, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -205,10 +228,8 @@ def _backward_queries(
         b_least = tl.load(p_least + unit * queries + o_t, mask=m_q, other=0.0)
     acc = tl.zeros([M, D], tl.float32)
     stop = tl.minimum(begin + M, last)
-    start_at = first_slot // N * N
+    start_at = _first_key(begin, last - queries, first_slot, window, N, LOCAL)
     if LOCAL:
-        start_at = tl.maximum(start_at, (tl.maximum(begin, last - queries) - window + 1) // N * N)
-        start_at = tl.maximum(start_at, 0)
         o_s = tl.arange(0, S)
         b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
         b_sk = tl.load(p_sk + (row * S + o_s[:, None]) * D + o_d)
@@ -222,19 +243,10 @@ def _backward_queries(
         tl.store(p_gsv + o_part, tl.dot(tl.trans(old.to(b_go.dtype)), b_go, input_precision="ieee"))
         tl.store(p_gsk + o_part, tl.dot(tl.trans(g_old), b_q, input_precision="ieee"))
     for start in range(start_at, stop, N):
-        o_k = start + tl.arange(0, N)
-        m_k = (o_k >= first_slot) & (o_k < last)
-        o_l = o_k - first_slot
-        b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
-        b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
-        b_real = o_k
-        if PADDED:
-            b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
-        m_seen = _seen(o_q, o_k, b_real, LOCAL, PADDED, window) & m_k[None, :]
-        if SELECT:
-            b_ik = tl.load(p_ik + (unit * length + o_l[:, None]) * d + o_i, mask=m_k[:, None], other=0.0)
-            b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
-            m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
+        b_k, b_v, m_seen = _key_tile(
+            p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+            D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
+        )  # fmt: skip
         logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         weights = tl.where(m_seen, tl.exp2(logits - b_lse[:, None]), 0.0)
         g_weights = tl.dot(b_go, tl.trans(b_v), input_precision="ieee")
