@@ -336,7 +336,7 @@ def test_indexer_as_tensors_or_modules_is_the_same():
 def make_artifact(model, **changes) -> Artifact:
     heads = head_map(model)
     values = {
-        "base_model": {"name": "tiny", "fingerprint": fingerprint(model)},
+        "base_model": {"name": "tiny", "head_dim": model.config.head_dim, "fingerprint": fingerprint(model)},
         "config": CONFIG,
         "heads": heads,
         "indexer": {name: t.detach() for name, t in random_indexer(heads).state_dict().items()},
