@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from rtpurbo import models
+from rtpurbo.checkpoint import Artifact
+from rtpurbo.config import SparseConfig
+from rtpurbo.generate import load
+from rtpurbo.heads import HeadMap
 from rtpurbo.models import check_index, fingerprint, load_model, resolve_device, resolve_dtype
 from tiny import FAMILY_NAMES, tiny_model
 from tiny_text import random_model, word_tokenizer
@@ -97,6 +102,19 @@ def test_float16_is_what_transformers_loads(pristine):
         for (name, tensor), (_, expected) in zip(ours, theirs, strict=True):
             assert tensor.dtype == expected.dtype, name
             assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_artefact_of_a_float32_model_in_every_dtype(tmp_path, pristine, dtype):
+    base = {"name": str(pristine), "head_dim": 16, "fingerprint": fingerprint(random_model())}
+    heads = HeadMap.uniform(layers=[0, 1], num_layers=2, query_heads=4, kv_heads=2, dense=True)
+    Artifact(base_model=base, config=SparseConfig(window_tokens=8), heads=heads).save(tmp_path / "out")
+    sparse, _ = load(tmp_path / "out", dtype=dtype, device="cpu")
+    assert sparse.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        assert sparse(torch.arange(1, 30)[None]).logits.isfinite().all()
+    adapted = get_peft_model(load_model(str(pristine), dtype=dtype, device="cpu")[0], LoraConfig(target_modules=["q_proj"]))
+    assert fingerprint(adapted) == base["fingerprint"]
 
 
 # Options
