@@ -244,6 +244,11 @@ def test_impossible_entries(saved, keys, value, message):
     load_error(saved, message)
 
 
+def test_the_shipped_artefacts_load():
+    for path in (Path(__file__).parent.parent / "artefacts").iterdir():
+        assert Artifact.load(path).base_model["fingerprint"]
+
+
 def test_sections_that_may_be_missing(saved):
     for key in ("weights", "indexer", "stages"):
         change(saved, key, to=...)

@@ -227,8 +227,8 @@ def model_identity(name: str, revision: str | None = None) -> dict[str, str | No
 def fingerprint(model: torch.nn.Module) -> str:
     """Hash of a model's weights: names, shapes and 64 evenly spread values of each, rounded to bfloat16.
 
-    Independent of the dtype and device the weights are loaded to (of float16 by `load_model`'s help, as it is no finer
-    than bfloat16 everywhere); adapters and index projections do not count.
+    Independent of the device and dtype the weights are loaded to, also of float16, which rounds elsewhere than bfloat16:
+    there `load_model` leaves the fingerprint of the unrounded weights. Adapters and index projections do not count.
     """
     digest = hashlib.sha256()
     named = {}
