@@ -24,7 +24,13 @@ def make_artifact(seed: int | None = None, weights: Path | None = None, kind: st
         shapes = {"0.query": (3, 8, 16), "0.key": (3, 8, 16), "2.query": (1, 8, 16), "2.key": (1, 8, 16)}
         indexer = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     values = {
-        "base_model": {"name": "somebody/model", "revision": None, "model_type": "llama", "fingerprint": "f" * 64},
+        "base_model": {
+            "name": "somebody/model",
+            "revision": None,
+            "model_type": "llama",
+            "head_dim": 16,
+            "fingerprint": "f" * 64,
+        },
         "config": CONFIG,
         "heads": HEADS,
         "indexer": indexer,

@@ -336,7 +336,7 @@ def test_indexer_as_tensors_or_modules_is_the_same():
 def make_artifact(model, **changes) -> Artifact:
     heads = head_map(model)
     values = {
-        "base_model": {"name": "tiny", "fingerprint": fingerprint(model)},
+        "base_model": {"name": "tiny", "head_dim": model.config.head_dim, "fingerprint": fingerprint(model)},
         "config": CONFIG,
         "heads": heads,
         "indexer": {name: t.detach() for name, t in random_indexer(heads).state_dict().items()},
@@ -410,6 +410,59 @@ def test_sparsify_with_an_adapter_that_does_not_fit(tmp_path):
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
     artifact = make_artifact(model, weights_kind="lora", weights_path=tmp_path / "other")
     with pytest.raises(ValueError, match=r"does not fit the model: .*LlamaRMSNorm"), sparsify(model, artifact):
+        pass
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{}", ""),
+        ("[]", ""),
+        ("null", ""),
+        ("{bad", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+        ({"peft_type": "NOTHING"}, "NOTHING"),
+        ({"peft_type": "PROMPT_TUNING"}, ""),
+        ({"peft_type": "IA3"}, ""),
+        ({"peft_type": []}, ""),
+        ({"task_type": "NOTHING"}, "NOTHING"),
+    ],
+)
+def test_settings_that_are_not_of_a_lora_adapter(tmp_path, text, reason):
+    path, _ = save_lora(tmp_path / "lora")
+    file = path / "adapter_config.json"
+    file.write_text(text if isinstance(text, str) else json.dumps({**json.loads(file.read_text()), **text}))
+    model = tiny_model("llama")
+    before = snapshot(model)
+    message = (
+        rf"lora/adapter_config\.json is damaged: expected the settings of a LoRA adapter \(.*{reason}.*\)\. Distil again\.$"
+    )
+    artifact = make_artifact(model, weights_kind="lora", weights_path=path)
+    with pytest.raises(ValueError, match=message) as caught, sparsify(model, artifact):
+        pass
+    assert "\n" not in str(caught.value)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "change", [{"r": "x"}, {"r": 3.5}, {"lora_alpha": None}, {"target_modules": [5]}, {"target_modules": "["}, {}]
+)
+def test_an_adapter_with_impossible_values(tmp_path, change):
+    """Or, without a change of its settings, with a truncated file."""
+    path, _ = save_lora(tmp_path / "lora")
+    file, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    if not change:
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    model = tiny_model("llama")
+    before = snapshot(model)
+    artifact = make_artifact(model, weights_kind="lora", weights_path=path)
+    with (
+        pytest.raises(ValueError, match=r"adapter in '.*lora' does not fit the model: .+ Distil again"),
+        sparsify(model, artifact),
+    ):
         pass
     assert_unchanged(model, before)
 

@@ -18,6 +18,7 @@ from rtpurbo import checkpoint
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact, check_output, find_artifact
 from rtpurbo.config import TrainConfig
+from rtpurbo.generate import load
 from rtpurbo.models import fingerprint
 from tiny import CONFIG, head_map, random_indexer, shared_model, tiny_model
 
@@ -179,6 +180,10 @@ def test_every_truncation_of_the_config_is_refused(saved):
         load_error(saved, "is damaged")
 
 
+def stage(**more) -> dict:
+    return {"calibrate": {"settings": {}, "metrics": {}, **more}}
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
@@ -201,6 +206,29 @@ def test_every_truncation_of_the_config_is_refused(saved):
         (["indexer", "file"], 7, r"'indexer\.file' must be text"),
         (["weights", "kind"], ..., r"'weights\.kind' must be text"),
         (["weights", "kind"], "pickle", r"Weights of kind 'pickle' in .*rtpurbo_config\.json; expected one of lora, full\."),
+        (["base_model", "head_dim"], ..., r"'base_model\.head_dim' must be a whole number above 0\. Convert again\."),
+        (["base_model", "head_dim"], "64", r"'base_model\.head_dim' must be a whole number above 0"),
+        (["base_model", "head_dim"], True, r"'base_model\.head_dim' must be a whole number above 0"),
+        (["base_model", "revision"], 3, r"'base_model\.revision' must be text or null"),
+        (["base_model", "model_type"], [], r"'base_model\.model_type' must be text or null"),
+        (
+            ["base_model", "x"],
+            1,
+            r"Unknown key 'x' in 'base_model' of .*_config\.json; valid keys: name, fingerprint, head_dim,",
+        ),
+        (["indexer", "x"], 1, r"Unknown key 'x' in 'indexer' of .*_config\.json; valid keys: file, sha256\."),
+        (["weights", "x"], 1, r"Unknown key 'x' in 'weights' of .*_config\.json; valid keys: kind, directory\."),
+        (["stages"], {"calibrate": 1}, r"'stages\.calibrate' must be an object"),
+        (["stages"], {"calibrate": None}, r"'stages\.calibrate' must be an object"),
+        (["stages"], {"distill": {"metrics": {}}}, r"'stages\.distill\.settings' must be an object"),
+        (["stages"], {"distill": {"settings": {}, "metrics": 1}}, r"'stages\.distill\.metrics' must be an object"),
+        (["stages"], stage(sources=[1]), r"'stages\.calibrate\.sources' must be a list of text or null"),
+        (["stages"], stage(sparse=3), r"'stages\.calibrate\.sparse' must be an object or null"),
+        (
+            ["stages"],
+            stage(x=3),
+            r"Unknown key 'x' in 'stages\.calibrate' of .*; valid keys: settings, metrics, sources, sparse",
+        ),
         (["sparse", "top_p"], 0, r"top_p must be in \(0, 1\], got 0\."),
         (
             ["sparse", "window_tokens"],
@@ -214,6 +242,11 @@ def test_every_truncation_of_the_config_is_refused(saved):
 def test_impossible_entries(saved, keys, value, message):
     change(saved, *keys, to=value)
     load_error(saved, message)
+
+
+def test_the_shipped_artefacts_load():
+    for path in (Path(__file__).parent.parent / "artefacts").iterdir():
+        assert Artifact.load(path).base_model["fingerprint"]
 
 
 def test_sections_that_may_be_missing(saved):
@@ -262,6 +295,32 @@ def test_damaged_weights(saved):
     load_error(saved, r"adapter_model\.safetensors is missing; the artefact is incomplete\. Distil again\.")
     shutil.rmtree(file.parent)
     load_error(saved, rf"{file.parent.name} is missing; the artefact is incomplete\. Distil again\.")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_changed_bit_in_the_adapter(saved, file):
+    path = next(saved.glob(f"lora.*/{file}"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    load_error(saved, rf"{path.parent.name} is damaged \(its content has the checksum \w{{8}}\)\. Fetch it again or distil")
+    path.write_bytes(content)
+    Artifact.load(saved)
+    (path.parent / "extra.txt").write_text("x")
+    load_error(saved, r"is damaged \(its content has the checksum")
+
+
+def test_a_changed_bit_in_full_weights(tmp_path):
+    """Found by `load`, which reads them anyway; `Artifact.load` reads no more than their headers."""
+    out = tmp_path / "out"
+    make_artifact(1, make_weights(tmp_path / "weights", kind="full"), "full").save(out)
+    path = next(out.glob("full.*/model.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for artifact in (out, Artifact.load(out)):
+        with pytest.raises(
+            ValueError, match=r"full\.\w{8} is damaged \(its content has the checksum \w{8}\)\. Fetch it again"
+        ):
+            load(artifact, device="cpu")
 
 
 class Bomb:
@@ -313,6 +372,17 @@ def test_pickled_weights_are_refused(tmp_path, kind, decoy, name):
         make_artifact(1, directory, kind).save(tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert not mark.exists()
+
+
+def test_an_index_that_names_other_files_is_refused(tmp_path):
+    out = tmp_path / "out"
+    make_artifact(1, make_weights(tmp_path / "weights", kind="full"), "full").save(out)
+    directory = next(out.glob("full.*"))
+    (directory / "model.safetensors").rename(directory / "decoy.safetensors")
+    (directory / "weights.dat").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layer": "weights.dat"}}))
+    load_error(out, r"index\.json names the weights 'weights\.dat'; expected \.safetensors files beside it, nothing else is")
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_adapter_needs_its_own_file(saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -202,10 +203,19 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """A PEFT model around `model` with the LoRA adapter in `path`, in eval mode; ValueError when it does not fit."""
+    """A PEFT model around `model` with the LoRA adapter in `path`, in eval mode; ValueError when it is no LoRA or unfit."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from safetensors import SafetensorError
 
-    config = PeftConfig.from_pretrained(str(path))
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+        if config.peft_type != "LORA":
+            raise ValueError(f"got an adapter of type {config.peft_type}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path / 'adapter_config.json'} is damaged: expected the settings of a LoRA adapter ({reason}). Distil again."
+        ) from error
     config.inference_mode = True
     try:
         sparse = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
@@ -213,7 +223,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
         unfit = [*result.missing_keys, *result.unexpected_keys]
         if unfit:
             raise ValueError(f"tensor {unfit[0]!r} is {'missing' if result.missing_keys else 'not in the model'}")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, re.error, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"The adapter in {str(path)!r} does not fit the model: {reason}. Distil again.") from error
     return sparse.eval()

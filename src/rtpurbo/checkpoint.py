@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,14 +35,33 @@ WORK_DIR = ".rtpurbo-work"
 """Subdirectory for states of unfinished stages, removed when a conversion ends."""
 _KEYS = ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
 _SECTIONS = {
-    "base_model": ("name", "fingerprint"),
-    "sparse": (),
-    "heads": (),
-    "stages": (),
-    "indexer": ("file", "sha256"),
-    "weights": ("kind", "directory"),
+    "base_model": {
+        "name": "text",
+        "fingerprint": "text",
+        "head_dim": "a whole number above 0",
+        "revision": "text or null",
+        "model_type": "text or null",
+    },
+    "sparse": {},
+    "heads": {},
+    "stages": {},
+    "indexer": {"file": "text", "sha256": "text"},
+    "weights": {"kind": "text", "directory": "text"},
 }
-"""Sections that must be objects, and the texts that each must hold."""
+"""Sections that must be objects, and what their keys must hold; the empty ones are checked where they are used."""
+_STAGE = {
+    "settings": "an object",
+    "metrics": "an object",
+    "sources": "a list of text or null",
+    "sparse": "an object or null",
+}
+"""What a stage records."""
+_IS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "an object": lambda value: isinstance(value, dict),
+    "a whole number above 0": lambda value: type(value) is int and value > 0,
+    "a list of text": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+}
 _OURS = re.compile(r"rtpurbo_indexer\.[0-9a-f]{8}\.safetensors|(lora|full)\.[0-9a-f]{8}|\.tmp-\d+-.+")
 """Names that `save` gives."""
 _FILES = {"lora": ("adapter_config.json", "adapter_model.safetensors"), "full": ("config.json",)}
@@ -74,7 +93,8 @@ class Artifact:
         """Read an artefact from a directory or a hub repository.
 
         Raises:
-            ValueError: no artefact there, a newer format, an unknown key, or a damaged file.
+            ValueError: no artefact there, a newer format, an unknown key, or a damaged file. A LoRA adapter is read whole
+                and compared with the checksum in its name; of full weights, which may be many GB, `rtpurbo.load` does it.
         """
         path = find_artifact(source, revision)
         try:
@@ -91,18 +111,13 @@ class Artifact:
                 f"{path} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
                 "Upgrade rtpurbo."
             )
-        for key in raw:
-            if key not in _KEYS:
-                raise ValueError(f"Unknown key {key!r} in {path / CONFIG_FILE}; valid keys: {', '.join(_KEYS)}.")
-        for key, needed in _SECTIONS.items():
+        _check_keys(raw, _KEYS, path / CONFIG_FILE)
+        for key, keys in _SECTIONS.items():
             section = raw.get(key, {} if key == "stages" else None)
-            if section is None and key in ("indexer", "weights"):
-                continue
-            if not isinstance(section, dict):
-                raise ValueError(f"{path / CONFIG_FILE} is damaged: {key!r} must be an object. Convert again.")
-            for name in needed:
-                if not isinstance(section.get(name), str):
-                    raise ValueError(f"{path / CONFIG_FILE} is damaged: '{key}.{name}' must be text. Convert again.")
+            if section is not None or key not in ("indexer", "weights"):
+                _check_section(section, keys, key, path / CONFIG_FILE)
+        for name, stage in raw.get("stages", {}).items():
+            _check_section(stage, _STAGE, f"stages.{name}", path / CONFIG_FILE)
         weights = raw.get("weights")
         artifact = cls(
             base_model=raw["base_model"],
@@ -115,6 +130,8 @@ class Artifact:
         )
         if artifact.weights_path is not None:
             _check_weights(artifact.weights_path, artifact.weights_kind)
+            if artifact.weights_kind == "lora":
+                check_digest(artifact.weights_path)
         return artifact
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -315,6 +332,24 @@ def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
+def _check_keys(section: dict[str, Any], valid: Iterable[str], where: str | Path) -> None:
+    for key in section:
+        if key not in valid:
+            raise ValueError(f"Unknown key {key!r} in {where}; valid keys: {', '.join(valid)}.")
+
+
+def _check_section(section: Any, keys: dict[str, str], name: str, file: Path) -> None:
+    """ValueError when a section is not an object, or has (where `keys` names any) an unknown key or an unfit value."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{file} is damaged: {name!r} must be an object. Convert again.")
+    if keys:
+        _check_keys(section, keys, f"{name!r} of {file}")
+    for key, expected in keys.items():
+        optional, value = expected.endswith(" or null"), section.get(key)
+        if not (optional and value is None) and not _IS[expected.removesuffix(" or null")](value):
+            raise ValueError(f"{file} is damaged: '{name}.{key}' must be {expected}. Convert again.")
+
+
 def _inside(path: Path, name: str) -> Path:
     """`path / name`, refusing names that lead out of the artefact."""
     if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
@@ -342,8 +377,10 @@ def _read_tensors(path: Path, entry: dict[str, str]) -> dict[str, Tensor]:
 
 
 def _check_weights(path: Path, kind: str | None) -> None:
-    """ValueError when a weights directory is incomplete, truncated or holds pickled tensors."""
+    """ValueError when a weights directory is incomplete, truncated, or holds or names pickled tensors."""
     from safetensors import SafetensorError, safe_open
+
+    from .models import check_index
 
     if kind not in _FILES:
         raise ValueError(f"Weights of kind {kind!r} in {path.parent / CONFIG_FILE}; expected one of {', '.join(_FILES)}.")
@@ -355,6 +392,8 @@ def _check_weights(path: Path, kind: str | None) -> None:
     for name in _FILES[kind]:
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing; the artefact is incomplete. Distil again.")
+    for index in sorted(path.rglob("*.index.json")):
+        check_index(index)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} holds no safetensors file; the artefact is incomplete. Distil again.")
@@ -364,6 +403,12 @@ def _check_weights(path: Path, kind: str | None) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged ({error}). Fetch it again or distil again.") from error
+
+
+def check_digest(path: Path) -> None:
+    """ValueError when the content of a saved weights directory is not what its name says; reads all of it."""
+    if _OURS.fullmatch(path.name) and not path.name.endswith(got := _directory_digest(path)[:8]):
+        raise ValueError(f"{path} is damaged (its content has the checksum {got}). Fetch it again or distil again.")
 
 
 def _directory_digest(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .attach import attach, with_adapter
-from .checkpoint import Artifact, check_fingerprint
+from .checkpoint import Artifact, check_digest, check_fingerprint
 from .models import load_model
 
 
@@ -36,7 +36,8 @@ def load(
         (model, tokenizer); a LoRA adapter is merged into the weights.
 
     Raises:
-        ValueError: a damaged artefact, a base model that is missing, or one with other weights.
+        ValueError: a damaged artefact (of full weights, every byte is compared with the checksum in their name), a base
+            model that is missing, or one with other weights.
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
@@ -44,6 +45,8 @@ def load(
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":
+        assert artifact.weights_path is not None
+        check_digest(artifact.weights_path)
         model, tokenizer = load_model(str(artifact.weights_path), **options)
     else:
         model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
