@@ -52,7 +52,7 @@ def stages_0_and_1(args, model, tokenizer, lengths: tuple[int, ...], finished) -
         model_name="smollm2-135m",
     )
     metrics = artifact.stages["calibrate"]["metrics"]
-    finished("calibrate", check=metrics.get("check"), overlap=metrics.get("overlap_between_halves"))
+    finished("calibrate", check=metrics.get("check"), overlap=metrics.get("overlap_between_seeds"))
     artifact = rtpurbo.train_indexer(
         model,
         tokenizer,

@@ -259,11 +259,11 @@ def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
     found = metrics_of(made)
     assert found["usable_lengths_tokens"] == []
     assert "ordinary text alone decided" in found["notes"][0]
-    texts = documents([source], tokenizer, length_tokens=320, count=7, seed=0)
-    scores = [  # the last third of the documents
-        score_document(model, tokenizer, texts[at], texts[at + 1], SPARSE, CONFIG, index=i).tables["effect"]
-        for i, at in ((2, 4), (5, 5))
-    ]
+    scores = []
+    for i, at, seed in ((2, 4, 0), (5, 5, calibration.OTHER_SEED)):  # the second one is of the other draw
+        texts = documents([source], tokenizer, length_tokens=320, count=7, seed=seed)
+        config = dataclasses.replace(CONFIG, seed=seed)
+        scores.append(score_document(model, tokenizer, texts[at], texts[at + 1], SPARSE, config, index=i).tables["effect"])
     mean = torch.stack(scores).mean(0).clamp(min=0)
     best = int((mean / mean.max()).argmax())
     assert made.heads.retrieval == tuple((best % 4,) if i == best // 4 else () for i in range(2))
@@ -276,7 +276,29 @@ def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
 def test_any_number_of_documents(model, tokenizer, source, count, scoring):
     made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=count, scoring=scoring), SPARSE)
     assert made.heads.retrieval == ((), (2,))
-    assert metrics_of(made).get("overlap_between_halves") == (None if count == 3 else 1.0)
+    assert metrics_of(made).get("overlap_between_seeds") == (None if count < 6 else 1.0)
+
+
+@pytest.mark.parametrize("count", [6, 7, 9])
+def test_the_overlap_is_that_of_two_seeds(model, tokenizer, source, monkeypatch, count):
+    """Half of the documents, of every kind and length, come from another seed, which here moves one of the two heads."""
+    seen = {}
+
+    def score(model, tokenizer, document, other, sparse, config, *, index):
+        kind, length = calibration.KINDS[index % 3], len(document)
+        seen.setdefault(config.seed, []).append((kind, length))
+        drawn = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=config.seed)
+        assert any(torch.equal(document, text) for text in drawn)
+        effect = [[0.0, 1.0, 0.0, 0.0], [0.0] * 4]
+        effect[1][2 if config.seed == 7 else 3] = 0.9
+        return fake(kind, length, 0.9 if kind == "span" else None, effect=effect)
+
+    monkeypatch.setattr(calibration, "score_document", score)
+    config = dataclasses.replace(CONFIG, documents=count, lengths_tokens=(200, 320), retrieval_ratio=0.25, seed=7)
+    assert metrics_of(calibrate(model, tokenizer, [source], config, SPARSE))["overlap_between_seeds"] == 0.5
+    first, second = seen[7], seen[7 + calibration.OTHER_SEED]
+    assert set(first) == set(second) == {(kind, length) for kind in calibration.KINDS for length in (200, 320)}
+    assert len(first) - len(second) == 2 * (count % 2)
 
 
 # The check, the record, the model

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rtpurbo import progress
 from rtpurbo.data import (
     EVALUATION_TEMPLATE,
     KNOWN_TOKENS,
@@ -193,7 +194,25 @@ def test_installed_packages(tmp_path, monkeypatch):
         assert all(("x = " in text) == code for text in kept + held)
         assert all("explains itself" in text for text in kept + held)
     monkeypatch.setattr(data, "_MAX_PACKAGE_BYTES", 10)
+    data._installed_texts.cache_clear()
     assert len(read_source("installed-docs")) == len(kept)
+
+
+def test_reading_and_tokenising_show_how_far_they_are(tmp_path, monkeypatch, capsys, tokenizer):
+    import sysconfig
+
+    for i in range(3):
+        (tmp_path / f"package{i}").mkdir()
+        (tmp_path / f"package{i}" / "__init__.py").write_text("a = 1\n" * 200)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
+    first = documents(["installed-python"], tokenizer, length_tokens=20, count=2, seed=0)
+    shown = capsys.readouterr().err
+    assert "Reading installed-python: 3/3" in shown
+    assert "Tokenising installed-python: 2/2" in shown
+    again = documents(["installed-python"], tokenizer, length_tokens=20, count=2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert "Reading" not in capsys.readouterr().err  # once is enough
 
 
 def test_long_directories_are_cut(tmp_path, monkeypatch):

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from rtpurbo import demo, progress
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.cache import CACHE, cache_bytes
 from rtpurbo.calibration import calibrate
@@ -19,7 +21,7 @@ from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
 from rtpurbo.data import documents
 from rtpurbo.distillation import distill
-from rtpurbo.evals import evaluate, harness
+from rtpurbo.evals import evaluate, harness, speed
 from rtpurbo.evals.compare import both
 from rtpurbo.evals.fidelity import compare_documents
 from rtpurbo.evals.needle import DEPTHS, grade, grade_all, needle_samples
@@ -200,6 +202,30 @@ def test_decode_measures_what_the_cache_holds(model, indexed, tokenizer, source)
         assert one["length_tokens"] == 300
         assert one["prefill_seconds"] > 0
         assert one["decode_tokens_per_second"] > 0
+
+
+def test_timing_shows_how_far_it_is(model, tokenizer, source, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
+    monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 100)
+    tokens = documents([source], tokenizer, length_tokens=300, count=1, seed=0)[0]
+    measure_decode(model, tokens, new_tokens=2)
+    shown = capsys.readouterr().err
+    assert "Timing prefill of 300 tokens: 3/3" in shown
+    assert "Timing decode after 300 tokens: 2/2" in shown
+
+
+def test_the_demos_question(model, tokenizer, source, monkeypatch, capsys, tmp_path):
+    """Both models answer it, with a sign of life in between."""
+    dense_heads = artifact_for(model)  # the far head without an index: it sees everything
+    monkeypatch.setattr(demo, "convert", lambda *args, **kwargs: dense_heads)
+    monkeypatch.setattr(demo, "HELDOUT", (source,))
+    monkeypatch.setattr(demo, "QUESTION_TOKENS", 320)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
+    demo.run_demo(model, tokenizer, tmp_path, model_name="tiny", seed=0)
+    shown = capsys.readouterr()
+    right, *answers = re.findall(r"(?:right answer:|says:) (.+)", shown.out)
+    assert answers == [right, right]
+    assert "Both models answer: 1/2" in shown.err
 
 
 # Switching between both models

@@ -10,7 +10,11 @@ laws with a cache stay below that length; a test of its own goes beyond it in on
 """
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,6 +327,44 @@ def test_gradients_equal_the_oracles(granularity):
             assert got.keys() == want.keys()
             for name in want:
                 torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+TRAINING_STEP = """
+import resource, sys
+import torch
+from rtpurbo.attach import attached, borrowed
+from tiny import SparseConfig, head_map, random_indexer, tiny_model, tokens
+
+torch.set_num_threads(1)
+length = int(sys.argv[1])
+model = tiny_model(num_hidden_layers=1, max_position_embeddings=length)
+heads = head_map(model, "group", [(0, 1)])
+ids = tokens(length)
+
+def peak_after_a_step(length):
+    model(ids[:, :length], use_cache=False, logits_to_keep=1).logits.sum().backward()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+config = SparseConfig(window_tokens=256, sink_tokens=4, index_dim=8, top_p=0.7)
+with attached(model, heads, config, random_indexer(heads)), borrowed(model):
+    before = peak_after_a_step(512)
+    print(peak_after_a_step(length) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how memory is counted and given back is Linux's way")
+def test_training_needs_no_matrix_of_length_by_length():
+    """A step at 8K of a layer of 6 heads needs less memory than the attention of one head would fill, dense."""
+    length = 8192
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 18),  # bytes; larger blocks go back at once, so that only live ones count
+    }
+    command = [sys.executable, "-c", TRAINING_STEP, str(length)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < length * length * torch.float32.itemsize / 2
 
 
 def test_single_token_with_gradients_enabled():

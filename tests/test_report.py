@@ -41,7 +41,7 @@ def make_artifact(
     artifact = Artifact(base_model=base, config=SparseConfig(window_tokens=256), heads=heads)
     if "calibrate" in stages:
         check = {"length_tokens": 2048, "samples": 8, "dense": 0.875, "chosen_heads": 0.75}
-        metrics = {"scores": scores, "check": check, "overlap_between_halves": 0.825, "notes": ["88% -> 75%."]}
+        metrics = {"scores": scores, "check": check, "overlap_between_seeds": 0.825, "notes": ["88% -> 75%."]}
         artifact = artifact.with_stage("calibrate", CalibrateConfig(lengths_tokens=LENGTHS), metrics)
     if "train_indexer" in stages:
         tensors = make_indexer(heads, head_dim=HEAD_DIM, index_dim=16).state_dict()
@@ -334,6 +334,24 @@ def test_head_map_without_calibration(tmp_path):
     assert "rtpurbo calibrate" in page.text
     assert page.figures["head-map"]["data"][0]["showscale"] is False
     assert not [row for row in page.rows if len(row) == 5]  # nothing was measured: no table
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("overlap_between_seeds", "Chosen under two seeds, each with half of the documents, 71% of the retrieval heads"),
+        ("overlap_between_halves", "Chosen from either half of the documents alone, 71% of the retrieval heads"),
+    ],
+)
+def test_the_overlap_of_the_choice_is_told(tmp_path, key, said):
+    artifact = make_artifact()
+    metrics = artifact.stages["calibrate"]["metrics"]
+    del metrics["overlap_between_seeds"]
+    artifact.save(tmp_path / "without")
+    assert "retrieval heads are the same" not in Page(write_report(tmp_path / "without")).text
+    metrics[key] = 0.714
+    artifact.save(tmp_path / "with")
+    assert said in Page(write_report(tmp_path / "with")).text
 
 
 def test_finished_stage_without_its_metrics_file(tmp_path):

@@ -374,8 +374,23 @@ def test_short_work_is_silent_without_a_terminal(capsys):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0.0)
     assert list(progress.track(range(3), total=3, what="Work")) == [0, 1, 2]
     shown = capsys.readouterr()
     assert "Work" in shown.err
     assert "3/3" in shown.err
     assert shown.out == ""
+
+
+def test_the_bar_of_short_work_does_not_stay(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal to Rich, too
+    monkeypatch.setenv("TERM", "xterm")
+    erased = "\x1b[2K"
+    assert list(progress.track(range(3), total=3, what="Work")) == [0, 1, 2]
+    shown = capsys.readouterr().err
+    assert "Work" in shown
+    assert "Work" not in shown.split(erased)[-1]
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0.0)
+    assert list(progress.track(range(3), total=3, what="Work")) == [0, 1, 2]
+    assert "Work" in capsys.readouterr().err.split(erased)[-1]

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rtpurbo.cache import CACHE
 from rtpurbo.config import SparseConfig
@@ -16,7 +17,8 @@ from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import make_indexer
 
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_TYPES = tuple(dict.fromkeys(("default", *ROPE_INIT_FUNCTIONS)))
+"""All kinds of the installed Transformers; one that `rope_parameters` does not know yet fails every test over them."""
 VOCABULARY, QUERY_HEADS, KV_HEADS, HEAD_DIM, INDEX_DIM = 97, 6, 3, 16, 8
 ORIGINAL_TOKENS = 64
 """Length that scaled RoPE was made for; "dynamic" and "longrope" change all frequencies beyond it."""
@@ -72,6 +74,7 @@ def rope_parameters(kind: str) -> dict:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": ORIGINAL_TOKENS,
         },
+        "proportional": {"partial_rotary_factor": 0.5},
     }
     return {"rope_type": kind, "rope_theta": 1000.0, **extra[kind]}
 

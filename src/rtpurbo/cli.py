@@ -133,6 +133,7 @@ class Calibrate(OfModel, SparseOptions, CalibrateConfig):
         from .calibration import calibrate
         from .checkpoint import check_output
         from .families import context_tokens
+        from .model_card import overlap_sentence
         from .pipeline import save_stage
 
         output = self.output or Path("out")
@@ -144,6 +145,8 @@ class Calibrate(OfModel, SparseOptions, CalibrateConfig):
         save_stage(output, "calibrate", artifact, self.sources)
         metrics = artifact.stages["calibrate"]["metrics"]
         _out(str(artifact.heads))
+        if overlap := overlap_sentence(metrics):
+            _out(overlap)
         for note in metrics["notes"]:
             _out(f"Note: {note}")
         _out(f"Saved to {output}. Next: rtpurbo train-indexer {output}")

@@ -18,12 +18,16 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .progress import track
 
 if TYPE_CHECKING:
     from .config import SparseConfig, TrainConfig
@@ -40,7 +44,7 @@ def read_source(source: str) -> list[str]:
     if source.startswith("package:"):
         texts = _package_texts(source.removeprefix("package:"))
     elif source.removesuffix(":heldout") in ("installed-docs", "installed-python"):
-        texts = _installed_texts(heldout=source.endswith(":heldout"), docs=source.startswith("installed-docs"))
+        texts = list(_installed_texts(source, Path(sysconfig.get_paths()["purelib"])))
     else:
         texts = _file_or_dataset_texts(source)
     texts = [t for t in texts if isinstance(t, str) and t.strip()]
@@ -138,11 +142,13 @@ def _package_texts(name: str) -> list[str]:
     return [_read(Path(spec.origin))]
 
 
-def _installed_texts(*, heldout: bool, docs: bool) -> list[str]:
-    site = Path(sysconfig.get_paths()["purelib"])
+@cache  # every stage and every length asks again, and reading takes seconds
+def _installed_texts(source: str, site: Path) -> tuple[str, ...]:
+    heldout, docs = source.endswith(":heldout"), source.startswith("installed-docs")
     names = sorted(p.name for p in site.iterdir() if (p / "__init__.py").is_file())
     chosen = [n for n in names if (zlib.crc32(n.encode()) % 10 == 0) == heldout]
-    return [text for name in chosen for text in _directory_texts(site / name, docs=docs)]
+    packages = track(chosen, total=len(chosen), what=f"Reading {source}")
+    return tuple(text for name in packages for text in _directory_texts(site / name, docs=docs))
 
 
 def documents(
@@ -182,25 +188,29 @@ def _source_documents(source: str, tokenizer: Any, prefix: list[int], length: in
     rng = random.Random(f"{seed}:{source}")
     texts = read_source(source)
     body = length - len(prefix)
-    found: list[Tensor] = []
-    joined: list[int] = []
-    before = -1
-    while before < len(found):  # a long text gives another span in every pass
-        before = len(found)
-        rng.shuffle(texts)
-        for ids in _encoded(texts, tokenizer, span=body * 6, at_once=min(count, _TEXTS_AT_ONCE), rng=rng):
-            if len(ids) < body:
-                joined += ids
-                if len(joined) < body:
-                    continue
-                ids, joined = joined, []
-            found.append(torch.tensor(prefix + ids[:body]))
-            if len(found) == count:
-                return found
-    raise ValueError(
-        f"Source {source!r} holds too little text: expected {count} documents of {length} tokens, got {len(found)}. "
-        "Add sources or ask for shorter or fewer documents."
-    )
+
+    def pieces() -> Iterator[Tensor]:
+        joined: list[int] = []
+        more = True
+        while more:  # a long text gives another span in every pass
+            more = False
+            rng.shuffle(texts)
+            for ids in _encoded(texts, tokenizer, span=body * 6, at_once=min(count, _TEXTS_AT_ONCE), rng=rng):
+                if len(ids) < body:
+                    joined += ids
+                    if len(joined) < body:
+                        continue
+                    ids, joined = joined, []
+                more = True
+                yield torch.tensor(prefix + ids[:body])
+
+    found = list(track(islice(pieces(), count), total=count, what=f"Tokenising {source}"))
+    if len(found) < count:
+        raise ValueError(
+            f"Source {source!r} holds too little text: expected {count} documents of {length} tokens, got {len(found)}. "
+            "Add sources or ask for shorter or fewer documents."
+        )
+    return found
 
 
 # Synthetic retrieval questions

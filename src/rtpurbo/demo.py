@@ -10,6 +10,7 @@ from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from .data import documents, retrieval_sample
 from .evals.compare import both
 from .pipeline import HELDOUT, ConvertConfig, convert, say
+from .progress import track
 
 SOURCES = ("installed-docs",)
 QUESTION_TOKENS = 3072
@@ -37,15 +38,18 @@ def run_demo(model: Any, tokenizer: Any, output: Path, *, model_name: str, seed:
     artifact = convert(model, tokenizer, output, sources=SOURCES, heldout=HELDOUT, config=config, model_name=model_name)
     haystack = documents(HELDOUT, tokenizer, length_tokens=QUESTION_TOKENS, count=1, seed=seed + 11)[0]
     sample = retrieval_sample(haystack, tokenizer, kind="single", depth=0.4, seed=f"demo:{seed}")
-    question = tokenizer.decode(sample.prompt).rsplit("\n\n", 1)[1]
+    question = tokenizer.decode(sample.prompt).rsplit("\n\n", 1)[-1]
     start, stop = sample.answers[0]
     say(f"\nA document of {QUESTION_TOKENS} tokens, then the question:\n{question} ...")
     sys.stdout.write(f"right answer: {tokenizer.decode(sample.tokens[start:stop]).strip()}\n")
+    said = {}
     with both(model, artifact) as switch:
-        for name in ("dense", "sparse"):
+        for name in track(("dense", "sparse"), total=2, what="Both models answer"):
             with switch(name) as ready:
                 out = ready.generate(
                     sample.prompt[None].to(model.device), max_new_tokens=stop - start, do_sample=False, pad_token_id=0
                 )
-            sys.stdout.write(f"{name:>6s} says: {tokenizer.decode(out[0, len(sample.prompt) :]).strip()}\n")
+            said[name] = tokenizer.decode(out[0, len(sample.prompt) :]).strip()
+    for name, answer in said.items():
+        sys.stdout.write(f"{name:>6s} says: {answer}\n")
     return output

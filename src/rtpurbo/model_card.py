@@ -41,6 +41,7 @@ _STAGES = {
         "metrics": {
             "scores": [[float]],
             "check?": _numbers("length_tokens samples dense chosen_heads"),
+            "overlap_between_seeds?": float,
             "overlap_between_halves?": float,
             "notes?": [str],
         },
@@ -96,6 +97,17 @@ def check(value: Any, shape: Any, where: str, advice: str) -> None:
                 raise ValueError(f"{where}: expected the key {name!r}, got {', '.join(value) or 'no key'}. {advice}")
             for each in value if key == "*" else {name} & value.keys():
                 check(value[each], inner, f"{where}, {each!r}", advice)
+
+
+def overlap_sentence(metrics: dict[str, Any]) -> str:
+    """What calibration's metrics say about its choice under another seed, "" when they say nothing."""
+    for key, how in (
+        ("overlap_between_seeds", "Chosen under two seeds, each with half of the documents"),
+        ("overlap_between_halves", "Chosen from either half of the documents alone"),  # artefacts of 0.1.0
+    ):
+        if key in metrics:
+            return f"{how}, {metrics[key]:.0%} of the retrieval heads are the same."
+    return ""
 
 
 def check_artifact(artifact: Artifact, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Progress with time left: a bar on a terminal, a line every now and then elsewhere."""
+"""Progress with time left: a bar on a terminal, gone again when the work was short; a line every now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 QUIET_SECONDS = 10.0
+"""Without a terminal: shortest time between two lines."""
+SHORT_SECONDS = 2.0
+"""On a terminal: the bar of work that took less does not stay."""
 
 
 def track(items: Iterable[T], *, total: int, what: str, done: int = 0) -> Iterator[T]:
@@ -40,6 +43,7 @@ def _bar(items: Iterable[T], total: int, what: str, done: int) -> Iterator[T]:
         for item in items:
             yield item
             progress.advance(task)
+        progress.live.transient = (progress.tasks[task].elapsed or 0.0) < SHORT_SECONDS
 
 
 def _lines(items: Iterable[T], total: int, what: str, done: int) -> Iterator[T]:

@@ -230,9 +230,8 @@ def _head_map(artifact: Artifact) -> str:
     height = 130 + min(620, 22 * heads.query_heads)
     figure = _figure("head-map", caption, [heat, marks], x=x, y=y, height=height, shapes=borders)
     metrics = stage["metrics"] if stage else {"notes": ["This head map was made without calibration, so it has no scores."]}
-    if "overlap_between_halves" in metrics:
-        share = f"{metrics['overlap_between_halves']:.0%} of the retrieval heads are the same"
-        figure += f"<p class=caption>Chosen from either half of the documents alone, {share}.</p>"
+    if overlap := card.overlap_sentence(metrics):
+        figure += f"<p class=caption>{overlap}</p>"
     return figure + _notes(metrics.get("notes", []))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..cache import CACHE, cache_bytes
+from ..progress import track
 
 PREFILL_CHUNK_TOKENS = 2048
 
@@ -31,14 +32,15 @@ def measure_decode(model: Any, tokens: Tensor, *, new_tokens: int) -> dict[str, 
     """
     cache = DynamicCache(config=model.config)
     ids = tokens[None].to(model.device)
-    begin = _now(model.device)
-    for start in range(0, ids.shape[1], PREFILL_CHUNK_TOKENS):
-        piece = ids[:, start : start + PREFILL_CHUNK_TOKENS]
+    pieces = ids.split(PREFILL_CHUNK_TOKENS, 1)
+    prefill = 0.0
+    for piece in track(pieces, total=len(pieces), what=f"Timing prefill of {len(tokens)} tokens"):
+        begin = _now(model.device)
         logits = model(piece, **{CACHE: cache}, logits_to_keep=1).logits
-    prefill = _now(model.device) - begin
+        prefill += _now(model.device) - begin
     held = cache_bytes(cache)
     times = []
-    for _ in range(new_tokens):
+    for _ in track(range(new_tokens), total=new_tokens, what=f"Timing decode after {len(tokens)} tokens"):
         begin = _now(model.device)
         logits = model(logits[:, -1:].argmax(-1), **{CACHE: cache}, logits_to_keep=1).logits
         times.append(_now(model.device) - begin)
