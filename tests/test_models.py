@@ -147,6 +147,8 @@ def test_known_devices(monkeypatch):
         resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [resolve_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [resolve_device(name) for name in ("auto", "cuda")] == ["cuda:1", "cuda"]
 
 
 # What is never unpickled

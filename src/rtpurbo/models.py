@@ -47,7 +47,8 @@ def resolve_device(name: str) -> str:
     """Device string for "auto" (a GPU when there is one) or as given; ValueError when it is not there."""
     gpus = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if gpus else "cpu"
+        rank = os.environ.get("LOCAL_RANK", "")  # set where several processes train together, a GPU each
+        return f"cuda:{rank}" if gpus and rank.isdigit() else "cuda" if gpus else "cpu"
     known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     if name not in known:
         raise ValueError(f"device must be one of auto, {', '.join(known)} (what PyTorch sees here), got {name!r}.")
