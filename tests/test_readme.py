@@ -1,6 +1,8 @@
 """The README's table comes from the results, and the shipped artefact is whole."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 from rtpurbo.checkpoint import Artifact
@@ -26,8 +28,11 @@ def test_shipped_artefact():
     path = ROOT / "artefacts" / "smollm2-135m-8k"
     artifact = Artifact.load(path)
     assert artifact.base_model["name"] == "smollm2-135m"
-    assert artifact.weights_kind is None
-    assert artifact.config.top_p == 0.97
+    assert artifact.weights_kind == "lora"
     assert artifact.indexer is not None
+    measured = json.loads((ROOT / "benchmarks" / "results" / "smollm2_8k_group.json").read_text())
+    assert measured["base_model"] == artifact.base_model
+    assert measured["sparse"] == dataclasses.asdict(artifact.config)
+    assert measured["stages"] == artifact.stages
     assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) < 5e6
     assert (path / "NOTICE").is_file()

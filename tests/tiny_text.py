@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
+from rtpurbo.families import head_counts
 from rtpurbo.data import _ADJECTIVES, _NOUNS, EVALUATION_TEMPLATE, TRAINING_TEMPLATES
 from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
@@ -188,7 +189,7 @@ def artifact_for(
 ) -> Artifact:
     """A calibrated artefact of `model` with these retrieval heads; those of `copy_model` unless told otherwise."""
     heads = HeadMap(query_heads=4, kv_heads=2, granularity=granularity, retrieval=retrieval)
-    base = {"name": "tiny", "revision": None, "fingerprint": fingerprint(model)}
+    base = {"name": "tiny", "revision": None, "head_dim": head_counts(model)[3], "fingerprint": fingerprint(model)}
     config = SparseConfig(window_tokens=window_tokens, sink_tokens=4, index_dim=index_dim, top_p=top_p)
     return Artifact(base_model=base, config=config, heads=heads)
 

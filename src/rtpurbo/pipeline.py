@@ -203,7 +203,7 @@ def finished_stage(
     if name == "calibrate":
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
-        if record["sparse"] != dataclasses.asdict(sparse):
+        if record.get("sparse") != dataclasses.asdict(sparse):
             return None
     elif after is None or any(artifact.stages.get(n) != after.stages[n] for n in after.stages):
         return None
