@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
-from rtpurbo.families import head_counts
 from rtpurbo.data import _ADJECTIVES, _NOUNS, EVALUATION_TEMPLATE, TRAINING_TEMPLATES
+from rtpurbo.families import head_counts
 from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
 
