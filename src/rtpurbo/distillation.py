@@ -34,7 +34,7 @@ from .training import prepare, stage_inputs, train, trainable_state
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MOST_DOCUMENTS = 2048
 """Different training documents; longer runs see them again, cut and labelled otherwise."""
-HELD_OUT_DOCUMENTS = 4
+HELD_OUT_DOCUMENTS = 2
 
 
 def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
