@@ -30,7 +30,7 @@ from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
 from .data import KNOWN_TOKENS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
 from .evals.needle import grade_all, needle_samples
-from .families import attention_layers, check_lengths, context_tokens, head_counts
+from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
 from .models import fingerprint, model_identity
 from .ops import far_slots, window_attention
@@ -87,8 +87,7 @@ def calibrate(
     context = context_tokens(model)
     sparse = sparse or SparseConfig(window_tokens=default_window_tokens(context))
     layers, _, kv_heads, head_dim = head_counts(model)
-    if sparse.index_dim > head_dim:
-        raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {sparse.index_dim}.")
+    check_index_dim(sparse, head_dim)
     lengths = config.lengths_tokens or default_lengths(context, sparse)
     check_lengths(lengths, context, sparse)
     draws = (config, replace(config, seed=config.seed + OTHER_SEED))

@@ -101,6 +101,12 @@ def context_tokens(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).max_position_embeddings)
 
 
+def check_index_dim(sparse: SparseConfig, head_dim: int) -> None:
+    """ValueError for an index wider than the heads whose queries and keys it projects."""
+    if sparse.index_dim > head_dim:
+        raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {sparse.index_dim}.")
+
+
 def check_lengths(lengths: tuple[int, ...], context: int, sparse: SparseConfig) -> None:
     """ValueError for a document length beyond the context, or with nothing beyond window + sinks."""
     for length in lengths:

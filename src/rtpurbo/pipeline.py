@@ -27,7 +27,7 @@ from .config import (
     default_window_tokens,
 )
 from .data import check_source
-from .families import check_lengths, context_tokens, document_length, head_counts
+from .families import check_index_dim, check_lengths, context_tokens, document_length, head_counts
 from .model_card import read_evaluation
 from .models import fingerprint
 
@@ -165,9 +165,7 @@ def check_plan(model: Any, config: ConvertConfig, sources: list[str]) -> SparseC
     """
     context = context_tokens(model)
     sparse = config.sparse(context=context)
-    head_dim = head_counts(model)[3]
-    if sparse.index_dim > head_dim:
-        raise ValueError(f"index_dim must be at most the head dimension {head_dim}, got {sparse.index_dim}.")
+    check_index_dim(sparse, head_counts(model)[3])
     check_lengths(config.calibrate.lengths_tokens or default_lengths(context, sparse), context, sparse)
     for stage in (config.indexer, config.distill):
         document_length(model, stage.length_tokens, sparse)
