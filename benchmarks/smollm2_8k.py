@@ -1,6 +1,7 @@
 """The full recipe on SmolLM2-135M at 8K, measured: python benchmarks/smollm2_8k.py MODEL --train ... --dev ... -o OUT
 
-Writes OUT/ARTEFACT (head map, indexer, LoRA) and OUT/NAME.json with results, settings, versions and times.
+Writes OUT/NAME (artefact: head map, indexer, LoRA) and OUT/NAME.json with results, settings, versions and times. Run again
+with the same OUT, it goes on: distillation from its last saved state, a finished artefact with the evaluation.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--index-documents", type=int, default=192)
     parser.add_argument("--distill-steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the distillation")
-    parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the distillation, in documents")
     parser.add_argument("--artifact", default=None, help="go on from this artefact of stage 1")
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--other-samples", type=int, default=100)
@@ -103,20 +104,29 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     args.output.mkdir(parents=True, exist_ok=True)
-    begin, seconds = time.time(), {}
+    begin = last = time.time()
+    out, out_json = args.output / args.name, args.output / f"{args.name}.json"
+    result: dict = json.loads(out_json.read_text()) if out_json.is_file() else {"seconds": {}, "evaluation": {}}
+    result["environment"] = {**environment(), "commit": args.commit or environment()["commit"]}
 
     def finished(what: str, **numbers: object) -> None:
-        seconds[what] = round(time.time() - begin - sum(seconds.values()), 1)
-        print(f"[{time.time() - begin:6.1f} s] {what}", json.dumps(numbers), flush=True)
+        """Print, and write what is known so far; seconds count this run alone."""
+        nonlocal last
+        now = time.time()
+        result["seconds"][what] = round(now - last, 1)
+        last = now
+        print(f"[{now - begin:6.1f} s] {what}", json.dumps(numbers), flush=True)
+        out_json.write_text(json.dumps(result, indent=1) + "\n")
 
     model, tokenizer = load_model(args.model)
     lengths = (args.length // 4, args.length // 2, args.length)
-    if args.artifact:
+    if out.is_dir():
+        artifact = rtpurbo.Artifact.load(out)
+    elif args.artifact:
         artifact = rtpurbo.Artifact.load(args.artifact)
     else:
         artifact = stages_0_and_1(args, model, tokenizer, lengths, finished)
     prose, code = args.dev[:1], args.dev[1:]
-    result: dict = {"environment": {**environment(), "commit": args.commit or environment()["commit"]}, "evaluation": {}}
 
     def measure(part: str, of: rtpurbo.Artifact, sources: list[str], kinds: tuple[str, ...], **settings: int) -> None:
         """Evaluate, print, and write what is known so far."""
@@ -131,10 +141,9 @@ def main() -> None:
             print("    loss", Path(source).name, row["dense"], row["sparse"], row["recovery"], row["kl"], flush=True)
         if "index" in found:
             print("    index", {k: found["index"][k] for k in ("mass_kept", "far_selected_ratio")}, found.get("speed"))
-        finished(f"evaluate {part}")
         result["base_model"], result["sparse"] = of.base_model, dataclasses.asdict(of.config)
-        result["stages"], result["seconds"] = of.stages, seconds
-        (args.output / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        result["stages"] = of.stages
+        finished(f"evaluate {part}")
 
     none = {"fidelity_documents": 0, "decode_tokens": 0}
 
@@ -145,7 +154,7 @@ def main() -> None:
         if code:
             measure(f"{part}, code", of, code, (), loss_documents=half, **none)
 
-    if not args.artifact:
+    if not (args.artifact or out.is_dir()):
         for unit in ("head", "group"):  # both ways to choose, nothing trained: dense retrieval heads and windows
             heads = rtpurbo.HeadMap.from_scores(
                 artifact.stages["calibrate"]["metrics"]["scores"],
@@ -155,7 +164,7 @@ def main() -> None:
             )
             glance(f"{unit}s chosen", dataclasses.replace(artifact, heads=heads, indexer=None), args.stage_1_samples // 2)
         glance("after stage 1", artifact, args.stage_1_samples)
-    if args.distill_steps:
+    if args.distill_steps and not out.is_dir():
         artifact = rtpurbo.distill(
             model,
             tokenizer,
@@ -166,14 +175,13 @@ def main() -> None:
                 learning_rate=args.learning_rate,
                 batch_size=args.batch_size,
                 length_tokens=args.length,
-                gradient_checkpointing=False,
             ),
             work=args.output / WORK_DIR,
         )
         shutil.copy(args.output / WORK_DIR / METRICS_FILE, args.output / f"{args.name}_{METRICS_FILE}")
         finished("distill", **artifact.stages["distill"]["metrics"])
-    artifact.save(args.output / args.name)
-    artifact = rtpurbo.Artifact.load(args.output / args.name)
+    artifact.save(out)
+    artifact = rtpurbo.Artifact.load(out)
     shutil.rmtree(args.output / WORK_DIR, ignore_errors=True)
     measure(
         "main", artifact, prose, ("single",), samples=args.samples, loss_documents=args.loss_documents,

@@ -22,7 +22,9 @@ from rtpurbo.indexer_training import train_indexer
 from tiny_text import artifact_for, copy_model, everything_of, random_model
 
 LENGTH = 128
-CONFIG = DistillConfig(steps=6, length_tokens=LENGTH, labels=32, lora_rank=4, learning_rate=2e-3, save_every=2, seed=1)
+CONFIG = DistillConfig(
+    steps=6, batch_size=1, length_tokens=LENGTH, labels=32, lora_rank=4, learning_rate=2e-3, save_every=2, seed=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +127,8 @@ def test_top_kl_does_not_care_how_the_rest_is_spread_but_how_much_it_is():
 
 
 def training_example(document, tokenizer, config, turn, shortest_tokens):
-    """The batch of one document."""
-    tokens, labels, weights = training_batch(
+    """The batch of one document: tokens, labels, weights."""
+    tokens, labels, weights, _ = training_batch(
         [document], tokenizer, config, step=turn, first=turn, shortest_tokens=shortest_tokens
     )
     return tokens[0], labels, weights[0]
@@ -205,10 +207,12 @@ def test_answers_share_their_weight(tokenizer, source, weight):
 def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_inputs):
     config = dataclasses.replace(CONFIG, steps=1, retrieval_ratio=1.0, save_every=0)
     done = distill(model, tokenizer, made, [source], config)
-    text = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=config.seed + 1)[0]
-    _, _, weights = training_example(text, tokenizer, config, 0, 512)
+    texts = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=config.seed + 1)
+    _, _, weights, expected = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
     ((student, teacher),) = loss_inputs
-    want = (brute_force_kl(student, teacher, 10) * weights).sum().item()
+    wrong = (expected[0] >= 0) & (teacher.argmax(-1) != expected[0])
+    assert wrong.any()  # of an untrained model: its answers, which nobody should learn
+    want = (brute_force_kl(student, teacher, 10) * weights[0])[~wrong].sum().item()
     assert done.stages["distill"]["metrics"]["loss_first"] == pytest.approx(want, rel=1e-3)
 
 
@@ -312,7 +316,7 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
     config = dataclasses.replace(CONFIG, retrieval_ratio=0.5, answer_weight=0.25)
     cut = set()
     for turn in range(12):
-        tokens, labels, weights = training_batch(texts, tokenizer, config, step=turn, first=7, shortest_tokens=128)
+        tokens, labels, weights, expected = training_batch(texts, tokenizer, config, step=turn, first=7, shortest_tokens=128)
         cut.add(tokens.shape[1])
         assert tokens.shape[0] == weights.shape[0] == 3
         assert labels.tolist() == sorted(set(labels.tolist()))
@@ -326,7 +330,9 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
             mine = weights[i] > 0
             assert torch.equal(labels[mine], alone[1])
             torch.testing.assert_close(weights[i][mine], alone[2][0])
-            mine = weights[i][torch.isin(labels, torch.tensor(answers, dtype=torch.long))]
+            is_answer = torch.isin(labels, torch.tensor(answers, dtype=torch.long))
+            assert torch.equal(expected[i], row[labels + 1].where(is_answer, -1))
+            mine = weights[i][is_answer]
             assert mine.sum().item() == pytest.approx(0.25 if answers else 0.0)
     assert cut == {256, 128}
 
@@ -335,14 +341,15 @@ def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, sou
     config = dataclasses.replace(CONFIG, steps=1, batch_size=2, save_every=0)
     both = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=2, seed=config.seed + 1)
-    tokens, labels, weights = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
+    tokens, labels, weights, expected = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
     means = []
     with torch.no_grad():
-        for row, weight in zip(tokens, weights, strict=True):
+        for row, weight, answer in zip(tokens, weights, expected, strict=True):
             dense = model(row[None]).logits[0, labels]
             with attached(model, made.heads, made.config, made.indexer):
                 sparse = model(row[None]).logits[0, labels]
-            means.append((brute_force_kl(sparse, dense, 10) * weight).sum().item())
+            known = (answer < 0) | (dense.argmax(-1) == answer)
+            means.append((brute_force_kl(sparse, dense, 10) * weight)[known].sum().item())
     assert both["loss_first"] == pytest.approx(sum(means) / 2, rel=1e-3)
 
 
@@ -366,7 +373,7 @@ def test_the_saved_adapter_is_what_was_trained(model, made, tokenizer, source, t
     assert {p.name for p in done.weights_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     state = load_file(work / "state.safetensors")
     saved = tensors(done)
-    assert len(saved) == 2 * 4 * 2  # A and B of four projections in two layers
+    assert len(saved) == 2 * 5 * 2  # A and B of five projections in two layers
     for name, t in saved.items():
         trained = state[f"parameter.{name.replace('.weight', '.default.weight')}"]
         assert t.dtype == torch.bfloat16

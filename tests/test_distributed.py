@@ -38,7 +38,15 @@ def index_config(**changes) -> IndexerConfig:
 
 
 def distill_config(weights: str, **changes) -> DistillConfig:
-    settings = {"steps": 4, "length_tokens": 96, "labels": 24, "lora_rank": 4, "learning_rate": 1e-3, "save_every": 2}
+    settings = {
+        "steps": 4,
+        "batch_size": 1,
+        "length_tokens": 96,
+        "labels": 24,
+        "lora_rank": 4,
+        "learning_rate": 1e-3,
+        "save_every": 2,
+    }
     return DistillConfig(weights=weights, retrieval_ratio=0.0, **{**settings, **changes})
 
 
@@ -264,10 +272,10 @@ def test_the_commands_run_in_two_processes(single, tmp_path):
     dataclasses.replace(indexed, base_model=base, indexer=None, stages={}).save(tmp_path / "start")
     common = ["--sources", "prose.txt", "--length-tokens", "96", "--retrieval-ratio", "0", "--device", "cpu", "--steps", "3"]
     first = ["train-indexer", "start", "--documents", "4", "--queries", "16", *common]
-    second = ["distill", "--labels", "24", "--lora-rank", "4", *common]
+    second = ["distill", "--labels", "24", "--lora-rank", "4", "--learning-rate", "1.5e-4", *common]
     module = ["-m", "rtpurbo.cli"]
     launch(tmp_path, [*module, *first, "-o", "two"])
-    launch(tmp_path, [*module, *second, "two"])
+    launch(tmp_path, [*module, *second, "two", "--batch-size", "1"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         assert cli.main([*first, "-o", "one", "--batch-size", "2"]) == 0

@@ -243,7 +243,9 @@ def test_both_models_and_their_return(tokenizer, source, tmp_path, kind):
         with attached(model, made.heads, made.config, made.indexer):
             undistilled = model(ids).logits
     if kind:
-        config = DistillConfig(weights=kind, steps=5, length_tokens=128, labels=20, learning_rate=1e-2, save_every=0)
+        config = DistillConfig(
+            weights=kind, steps=5, batch_size=1, length_tokens=128, labels=20, learning_rate=1e-2, save_every=0
+        )
         made = distill(model, tokenizer, made, [source], config, work=tmp_path)
     with torch.no_grad(), both(model, made) as switch:
         for _ in range(2):
@@ -358,7 +360,7 @@ def test_the_method_end_to_end(tokenizer, source, tmp_path, monkeypatch, granula
         [source],
         IndexerConfig(steps=10, learning_rate=1e-3, length_tokens=384, queries=64, documents=8),
     )
-    config = DistillConfig(steps=6, length_tokens=384, labels=64, learning_rate=1e-4, lora_rank=4)
+    config = DistillConfig(steps=6, batch_size=1, length_tokens=384, labels=64, learning_rate=1e-4, lora_rank=4)
     made = distill(model, tokenizer, made, [source], config, work=tmp_path / "work")
     assert everything_of(model) == before
     made.save(tmp_path / "artifact")

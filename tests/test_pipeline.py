@@ -28,7 +28,7 @@ SMALL = ConvertConfig(
         lengths_tokens=(160,), documents=3, needle_tokens=8, check_samples=1, retrieval_ratio=0.3, granularity="group"
     ),
     indexer=IndexerConfig(steps=4, length_tokens=160, documents=3, queries=8, save_every=1, learning_rate=1e-2),
-    distill=DistillConfig(steps=3, length_tokens=160, labels=16, lora_rank=2, save_every=1),
+    distill=DistillConfig(steps=3, batch_size=1, length_tokens=160, labels=16, lora_rank=2, save_every=1),
     evaluate=EvalConfig(
         lengths_tokens=(192,), samples=(1,), kinds=("single",), loss_documents=1, fidelity_documents=1, decode_tokens=2
     ),

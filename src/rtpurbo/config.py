@@ -109,7 +109,7 @@ class TrainConfig:
     retrieval_ratio: float = 0.5
     """Share of documents that carry synthetic retrieval questions or a repeated span."""
     batch_size: int = 1
-    """Documents per step and process; stage 2 runs them in one forward pass."""
+    """Documents per step and process."""
     save_every: int = 50
     """Steps between two saved states, from which a killed run goes on; 0 saves none."""
     seed: int = 0
@@ -161,18 +161,22 @@ class IndexerConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Stage 2: match the dense model's next-token distribution (paper, section 3.3)."""
 
-    learning_rate: float = 1.5e-4
-    """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth."""
+    learning_rate: float = 7e-4
+    """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth. For all weights use a tenth
+    or less."""
+    batch_size: int = 4
+    """Documents per step and process, run in one forward pass."""
     labels: int = 2048
     """Label positions per document and step, beside every synthetic answer."""
     top_logits: int = 10
     """Teacher logits that are matched; the rest of the vocabulary counts as one more class."""
     weights: Literal["lora", "full"] = "lora"
     """Train a PEFT LoRA adapter, or all weights."""
-    lora_rank: int = 16
-    """Rank of the LoRA adapter on the attention projections."""
+    lora_rank: int = 8
+    """Rank of the LoRA adapter on values, attention outputs and MLPs."""
     answer_weight: float = 0.25
-    """Weight of a document's synthetic answers in its loss; the other labels share the rest."""
+    """Weight of a document's synthetic answers in its loss, those the dense model gets wrong left out; the other labels
+    share the rest."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
 

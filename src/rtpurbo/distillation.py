@@ -4,10 +4,12 @@
    were; a share of them with synthetic retrieval questions at their end.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
 3. Labels: random positions (those before the window is full too: training must not spoil what is not sparse) and every
-   synthetic answer (few, so with a weight of their own).
+   synthetic answer that the teacher itself would give (few, so with a weight of their own): what it does not find, nobody
+   learns from it.
    Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
    so that no mass leaks out of the ten.
-4. No gradient flows through the selection; the index stays as stage 1 left it.
+4. No gradient flows through the selection, and an adapter leaves queries and keys alone: what the index was trained on
+   stays as it was. It adapts what comes after the attention weights, values, outputs and MLPs.
 5. Held-out documents of the same mix say whether the KL fell; a stage that did harm says so in its notes.
 """
 
@@ -31,7 +33,7 @@ from .data import documents, mixed_document, shorter, shortest_document
 from .families import document_length, text_attention
 from .training import prepare, stage_inputs, train, trainable_state
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_DOCUMENTS = 2048
 """Different training documents; longer runs see them again, cut and labelled otherwise."""
 HELD_OUT_DOCUMENTS = 2
@@ -60,7 +62,7 @@ def _log_rest(log_top: Tensor) -> Tensor:
 
 def training_batch(
     texts: list[Tensor], tokenizer: Any, config: DistillConfig, *, step: int, first: int, shortest_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one forward pass learns from. A document's part does not depend on which others it is batched with.
 
     Args:
@@ -70,7 +72,8 @@ def training_batch(
 
     Returns:
         tokens [B, length]; the positions [labels] whose next token is a label of some document; their weights
-        [B, labels], 0 for another document's answers, 1 in sum for each document.
+        [B, labels], 0 for another document's answers, 1 in sum for each document; [B, labels] the token of an answer,
+        -1 where the label is none of this document's answers.
     """
     rows: list[Tensor] = []
     answers: list[set[int]] = []
@@ -83,13 +86,14 @@ def training_batch(
     length = len(rows[0])
     body = set(random.Random(f"{config.seed}:labels:{step}").sample(range(length - 1), min(config.labels, length - 1)))
     labels = sorted(body.union(*answers))
-    weights = []
-    for its in answers:
+    weights, expected = [], []
+    for row, its in zip(rows, answers, strict=True):
         others = body - its
         share = config.answer_weight if its and others else float(bool(its))
         of_answer, of_other = share / max(1, len(its)), (1 - share) / max(1, len(others))
         weights.append([of_answer if t in its else of_other if t in others else 0.0 for t in labels])
-    return torch.stack(rows), torch.tensor(labels), torch.tensor(weights)
+        expected.append([int(row[t + 1]) if t in its else -1 for t in labels])
+    return torch.stack(rows), torch.tensor(labels), torch.tensor(weights), torch.tensor(expected)
 
 
 @gives_back
@@ -147,11 +151,10 @@ def distill(
 
         def compare(some: list[Tensor], step: int, first: int) -> tuple[Tensor, Tensor]:
             """Mean KL to the teacher on a batch, and the share of labels on which both prefer the same token."""
-            tokens, labels, weights = training_batch(
-                some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens
-            )
-            tokens, labels, weights = tokens.to(device), labels.to(device), weights.to(device)
+            batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
+            tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
+            weights = weights.where((expected < 0) | (want.argmax(-1) == expected), 0.0)
             with _autocast(device):
                 got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
             same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
@@ -234,8 +237,9 @@ def _student(model: Any, config: DistillConfig) -> Any:
     targets: list[str] = list(LORA_TARGETS)
     if model.config.get_text_config(decoder=True) is not model.config:  # other towers may use the same names
         ours = {id(module) for module in text_attention(model)}
-        names = [name for name, module in model.named_modules() if id(module) in ours]
-        targets = [f"{name}.{part}" for name in names for part in LORA_TARGETS]
+        layers = tuple(name.rpartition(".")[0] + "." for name, module in model.named_modules() if id(module) in ours)
+        names = [name for name, _ in model.named_modules() if name.endswith(LORA_TARGETS)]
+        targets = [name for name in names if name.startswith(layers)]
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 

@@ -305,9 +305,13 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     }
     bytes_each = next(model.parameters()).element_size()
     longest = max(indexer_length, distill_length, *lengths, *e.lengths_tokens)
-    trained = parameters if d.weights == "full" else 8 * layers * d.lora_rank * text_config.hidden_size
-    memory = parameters * bytes_each + 12 * trained + longest * layers * text_config.hidden_size * bytes_each * 2
-    memory += 40 * longest * text_config.hidden_size * bytes_each + i.capture_gib * 2**30 * bool(i.steps)
+    # values and outputs: each as wide as hidden_size in and out, at most; MLPs: three projections
+    widths = 4 * text_config.hidden_size + 3 * (text_config.hidden_size + text_config.intermediate_size)
+    trained = parameters if d.weights == "full" else layers * d.lora_rank * widths
+    together = max(longest, distill_length * d.batch_size) if d.steps else longest
+    memory = parameters * bytes_each + 12 * trained + together * layers * text_config.hidden_size * bytes_each * 2
+    memory += 20 * d.batch_size * min(d.labels, distill_length) * text_config.vocab_size * bool(d.steps)
+    memory += 40 * together * text_config.hidden_size * bytes_each + i.capture_gib * 2**30 * bool(i.steps)
     units = c.retrieval_ratio * layers * (query_heads if c.granularity == "head" else kv_heads)
     per_unit = sparse.index_dim * head_dim * (1 + (1 if c.granularity == "head" else query_heads // kv_heads))
     disk = 4 * units * per_unit + 2 * trained * bool(d.steps)
