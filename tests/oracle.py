@@ -25,12 +25,15 @@ def exact_smallest_set(scores: Tensor, top_p: float) -> Tensor:
 
 
 def selected(scores: Tensor, top_p: float) -> Tensor:
-    """[..., N] bool: the exact smallest set, down to the next lower edge of a grid of 256 steps of 1/16 nat."""
-    scores = scores.double()
-    last = scores.masked_fill(~exact_smallest_set(scores, top_p), torch.inf).amin(-1, keepdim=True)
-    peak = scores.amax(-1, keepdim=True)
-    steps = ((peak - last) * 16).ceil().clamp(min=1)
-    return (scores >= peak - steps / 16) | (steps > 256)
+    """[..., N] bool: of scores rounded down to 1/16 nat, nothing 16 nats or more below the best counting, the exact
+    smallest set with all that tie with its last member, and whatever lies one step below the best."""
+    if top_p >= 1.0:
+        return scores.isfinite()
+    grid = (scores.double() * 16).floor()
+    best = grid.amax(-1, keepdim=True)
+    counted = (grid / 16).masked_fill(best - grid >= 256, -torch.inf)
+    last = grid.masked_fill(~exact_smallest_set(counted, top_p), torch.inf).amin(-1, keepdim=True)
+    return grid >= torch.minimum(last, best - 1)
 
 
 def allowed(visible: Tensor, real: Tensor, heads, layer: int, config, query_heads: int) -> Tensor:

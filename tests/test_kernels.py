@@ -112,14 +112,13 @@ def test_thresholds(slots, queries, padding):
         assert ((got >= low - slack) & (got <= high + slack)).all()
 
 
-def test_a_threshold_is_open_where_the_grid_does_not_reach_p():
+def test_mass_beyond_the_grid_does_not_count():
     index_q = torch.ones(1, 1, 1, 4, device=DEVICE)
     index_k = torch.zeros(1, 1, 3000, 4, device=DEVICE)
-    index_k[:, :, -1] = (GRID_STEPS * STEP_NATS + 1) / 4  # one token stands higher above all others than the grid reaches
-    scores = index_q @ index_k.mT
-    want = top_p_threshold(scores, 1 - 1e-7)
-    got = own_thresholds(index_q, index_k, None, 1 - 1e-7)
-    assert want.item() == got.item() == -torch.inf
+    for below, steps in ((GRID_STEPS, 1), (GRID_STEPS - 1, GRID_STEPS - 1)):  # one token stands above all others
+        index_k[:, :, -1] = below * STEP_NATS / 4
+        got = own_thresholds(index_q, index_k, None, 1 - 1e-6)
+        assert got.item() == (below - steps) * STEP_NATS
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -7,27 +7,35 @@ import torch
 
 from oracle import exact_smallest_set, selected
 from rtpurbo.ops import index_scores, top_p_threshold
-from rtpurbo.ops.select import STEP_NATS
+from rtpurbo.ops.select import GRID_STEPS, STEP_NATS
 
 SLACK = 1e-5  # float32 rounding of sums and of edges near the peak
 
 
+def rounded(scores: torch.Tensor) -> torch.Tensor:
+    """What counts: whole grid steps, and nothing that lies the whole grid below the best."""
+    grid = torch.floor(scores / STEP_NATS) * STEP_NATS
+    return grid.masked_fill(grid <= grid.amax(-1, keepdim=True) - GRID_STEPS * STEP_NATS, -torch.inf)
+
+
 def check_rule(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The three promises of `top_p_threshold`; returns what is kept."""
+    """The promises of `top_p_threshold`; returns what is kept."""
     threshold = top_p_threshold(scores, top_p)
     assert threshold.shape == (*scores.shape[:-1], 1)
     assert threshold.dtype == scores.dtype == torch.float32
+    assert torch.equal(threshold, torch.floor(threshold / STEP_NATS) * STEP_NATS)
     kept = (scores >= threshold) & scores.isfinite()
-    weights = scores.double().softmax(-1)
-    mass = torch.where(kept, weights, 0.0).sum(-1)
+    grid = rounded(scores)
+    mass = torch.where(kept, grid.double().softmax(-1), 0.0).sum(-1)
     assert (mass >= top_p - SLACK).all()
+    true_mass = torch.where(kept, scores.double().softmax(-1), 0.0).sum(-1)
+    assert (true_mass >= top_p - STEP_NATS * top_p * (1 - top_p) - SLACK).all()  # what rounding can cost
     # a member of the exact set may be missing only where rounding decides, that is when p is reached without it
-    exact = exact_smallest_set(scores, top_p - SLACK)
+    exact = exact_smallest_set(grid, top_p - SLACK)
     assert (kept | ~exact).all()
-    last = scores.masked_fill(~exact_smallest_set(scores, min(top_p + SLACK, 1.0)), math.inf).amin(-1, keepdim=True)
-    too_low = kept & (scores < last - STEP_NATS - SLACK)
-    beyond_grid = threshold.isinf()
-    assert not (too_low & ~beyond_grid).any()
+    last = grid.masked_fill(~exact_smallest_set(grid, min(top_p + SLACK, 1.0)), math.inf).amin(-1, keepdim=True)
+    least = torch.minimum(last, grid.amax(-1, keepdim=True) - STEP_NATS)
+    assert not (kept & (grid < least)).any()
     return kept
 
 
@@ -62,9 +70,10 @@ def test_a_higher_p_keeps_more():
 
 
 def test_grid_edges():
-    scores = STEP_NATS * torch.tensor([[0.0, -1.0, -1.001, -3.5, -4.0, -4.001, -99.0]])
-    weights = scores.softmax(-1)[0]
-    for members, kept in ((1, 2), (2, 2), (3, 3), (4, 5), (5, 5), (6, 6), (7, 7)):
+    """Scores within one step count alike and are kept together; the step below the best is always kept."""
+    scores = STEP_NATS * torch.tensor([[0.5, -0.001, -1.0, -3.5, -4.0, -4.001, -99.0]])
+    weights = (STEP_NATS * torch.tensor([0.0, -1.0, -1.0, -4.0, -4.0, -5.0, -99.0])).softmax(-1)
+    for members, kept in ((1, 3), (2, 3), (3, 3), (4, 5), (5, 5), (6, 6), (7, 7)):
         top_p = float(weights[:members].sum()) - 1e-4
         assert (scores >= top_p_threshold(scores, top_p)).sum() == kept
 
@@ -104,14 +113,12 @@ def test_row_that_sees_nothing_keeps_nothing():
     assert kept[2].any()
 
 
-def test_mass_beyond_the_grid_keeps_everything():
-    # 2e-4 of the mass lies 17 nats below the peak, where no grid edge reaches
-    scores = torch.full((1, 1 + int(2e-4 * math.exp(17))), -17.0)
+def test_mass_beyond_the_grid_does_not_count():
+    scores = torch.full((1, 1 + int(math.exp(15))), -16.0)
     scores[0, 0] = 0.0
-    assert top_p_threshold(scores, 0.9997).item() == -STEP_NATS
-    assert top_p_threshold(scores, 0.9999).item() == -math.inf
-    scores[0, 1:] = -16.0
-    assert top_p_threshold(scores, 0.9999).item() == -16.0
+    assert top_p_threshold(scores, 0.9999).item() == -STEP_NATS  # though a quarter of the softmax lies at -16
+    scores[0, 1:] = STEP_NATS - 16.0
+    assert top_p_threshold(scores, 0.9999).item() == STEP_NATS - 16.0
 
 
 def test_scores_spread_over_more_than_the_grid():

@@ -87,11 +87,26 @@ def _key_tile(
 
 
 @triton.jit
+def _grid_scores(
+    p_ik, p_real, row, units, b_iq, o_q, start, slots, d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """[M, N] index scores of the N slots from `start` on, in whole grid steps, -inf where a query does not see."""
+    o_k = start + tl.arange(0, N)
+    b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + tl.arange(0, d), mask=o_k[:, None] < slots, other=0.0)
+    b_real = o_k
+    if PADDED:
+        b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
+    m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
+    scores = tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee")
+    return tl.where(m_seen, tl.floor(scores / STEP), float("-inf"))
+
+
+@triton.jit
 def _thresholds(
     p_iq, p_ik, p_real, p_least, queries, slots, units, top_p,
     d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """`select.top_p_threshold` of M queries: one pass for peak and total, then a search of the grid, four ways a pass."""
+    """`select.top_p_threshold` of M queries: one pass for the best score, then a search of the grid, four ways a pass."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_q = (slots - queries) // M * M + tile * M + tl.arange(0, M)
     o_t = o_q - (slots - queries)
@@ -99,46 +114,28 @@ def _thresholds(
     o_d = tl.arange(0, d)
     b_iq = tl.load(p_iq + (row * queries + o_t[:, None]) * d + o_d, mask=m_q[:, None], other=0.0)
     stop = tl.minimum((slots - queries) // M * M + tile * M + M, slots)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    best = tl.full([M], float("-inf"), tl.float32)
     for start in range(0, stop, N):
-        o_k = start + tl.arange(0, N)
-        b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d, mask=o_k[:, None] < slots, other=0.0)
-        b_real = o_k
-        if PADDED:
-            b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
-        m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
-        scores = tl.where(m_seen, tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(scores - base[:, None]), 1)
-        peak = higher
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    needed = top_p * total
-    steps = tl.full([M], 1.0, tl.float32)
+        best = tl.maximum(best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1))
+    best = tl.where(best == float("-inf"), 0.0, best)
+    steps = tl.zeros([M], tl.float32)
     width = STEPS // 4
-    mass_all = tl.zeros([M], tl.float32)
     while width > 0:
         first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        mass_all = tl.zeros([M], tl.float32)
-        edge = peak - (steps + (width - 1)) * STEP
+        total = tl.zeros([M], tl.float32)
+        edge = (steps + (width - 1))[:, None]
         for start in range(0, stop, N):
-            o_k = start + tl.arange(0, N)
-            b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d, mask=o_k[:, None] < slots, other=0.0)
-            b_real = o_k
-            if PADDED:
-                b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
-            m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
-            scores = tl.where(m_seen, tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), float("-inf"))
-            weights = tl.exp(scores - peak[:, None])
-            first += tl.sum(tl.where(scores >= edge[:, None], weights, 0.0), 1)
-            second += tl.sum(tl.where(scores >= (edge - width * STEP)[:, None], weights, 0.0), 1)
-            third += tl.sum(tl.where(scores >= (edge - 2 * width * STEP)[:, None], weights, 0.0), 1)
-            mass_all += tl.sum(tl.where(scores >= (peak - STEPS * STEP)[:, None], weights, 0.0), 1)
+            below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
+            weights = tl.where(below < STEPS, tl.exp(-STEP * below), 0.0)
+            first += tl.sum(tl.where(below <= edge, weights, 0.0), 1)
+            second += tl.sum(tl.where(below <= edge + width, weights, 0.0), 1)
+            third += tl.sum(tl.where(below <= edge + 2 * width, weights, 0.0), 1)
+            total += tl.sum(weights, 1)
+        needed = top_p * total
         more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
         steps += width * more
         width = width // 4
-    least = tl.where(mass_all < needed, float("-inf"), peak - steps * STEP)
+    least = (best - tl.maximum(steps, 1.0)) * STEP
     tl.store(p_least + row * queries + o_t, least, mask=m_q)
 
 

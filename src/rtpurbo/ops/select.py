@@ -1,10 +1,11 @@
 """Top-p selection: the one definition that training, evaluation, generation and kernels share.
 
-A query keeps the tokens whose index score is within `b` grid steps of its best score, `b` being the smallest number
-of steps, one or more, whose softmax mass reaches p. The grid (256 steps of 1/16 nat) makes the rule exact for every
-implementation, needs no sort and becomes the 256-bin histogram of a decode kernel (paper, section 4): the kept set holds
-the smallest set that reaches p, plus at most the tokens within 1/16 nat of its last member. No edge lies at the best
-score itself: equal tokens have equal scores in the first layer, and rounding must not tell them apart.
+Scores are rounded down to a grid of 1/16 nat. A query keeps the tokens within `b` grid steps of its best one, `b` being the
+smallest number of steps, one or more, whose softmax mass reaches p; tokens 16 nats or more below the best count nothing.
+So the rule needs no sort and no sum of floats over tokens: a histogram of 256 counts decides it (paper, section 4), and
+every implementation keeps the same tokens however it cut the work. The kept set holds the smallest set that reaches p of the
+rounded mass, plus at most the tokens that share the grid step of its last member. At least one whole step below the best
+token's is kept: equal tokens have equal scores in the first layer, and rounding must not tell them apart.
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ def top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
         top_p: mass of the softmax over all visible tokens that the kept ones must reach, in (0, 1].
 
     Returns:
-        [..., 1] float32: keep where `scores >= threshold`; -inf (everything visible) when p = 1 or when the grid's
-        16 nats do not reach p.
+        [..., 1] float32, a multiple of STEP_NATS: keep where `scores >= threshold`; -inf (everything visible) when p = 1.
     """
     if top_p >= 1.0:
         return torch.full_like(scores[..., :1], -torch.inf)
-    peak = scores.amax(-1, keepdim=True)
-    peak = torch.where(peak.isinf(), torch.zeros_like(peak), peak)  # a row that sees nothing keeps nothing
-    weights = torch.exp(scores - peak)
+    below = torch.floor(scores / STEP_NATS)
+    best = below.amax(-1, keepdim=True)
+    best = torch.where(best.isinf(), torch.zeros_like(best), best)  # a row that sees nothing keeps nothing
+    below = best - below  # in grid steps
+    weights = torch.where(below < GRID_STEPS, torch.exp(-STEP_NATS * below), 0.0)
     needed = top_p * weights.sum(-1, keepdim=True)
 
     def mass(steps: Tensor) -> Tensor:
-        return torch.where(scores >= peak - steps * STEP_NATS, weights, 0.0).sum(-1, keepdim=True)
+        return torch.where(below <= steps, weights, 0.0).sum(-1, keepdim=True)
 
-    steps = torch.ones_like(peak)
+    steps = torch.zeros_like(best)
     bit = GRID_STEPS // 2
-    while bit:  # binary search for the first grid edge whose mass is large enough
+    while bit:  # binary search for the first number of steps whose mass is large enough
         steps = torch.where(mass(steps + (bit - 1)) < needed, steps + bit, steps)
         bit //= 2
-    return torch.where(mass(steps) < needed, -torch.inf, peak - steps * STEP_NATS)
+    return (best - steps.clamp(min=1)) * STEP_NATS
 
 
 def index_scores(index_q: Tensor, index_k: Tensor) -> Tensor:
