@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from decoding import LAYERS, attended, run_decode, split_roles
 from rtpurbo import ops
-from rtpurbo.cache import gather_slots
-from rtpurbo.ops import kernels
-from rtpurbo.ops.reference import sink_slots, visible_scores, visible_slots
+from rtpurbo.ops import decode_kernels, kernels
+from rtpurbo.ops.reference import gather_slots, sink_slots, visible_scores, visible_slots
 from rtpurbo.ops.select import GRID_STEPS, STEP_NATS, top_p_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,23 +199,145 @@ def test_gradients(select, padding):
             raise AssertionError(f"gradient of {name}") from error
 
 
+# Decode
+
+
+@pytest.fixture(params=["many splits", "one split"])
+def splits(request, monkeypatch):
+    """Tiles so small that short keys make many splits, or tiles as they are."""
+    if request.param == "many splits":
+        for name, value in {"SCORE_TILE": 16, "FAR_TILE": 16, "NEAR_TOKENS": 16, "KEY_TILE": 16, "PROGRAMS": 30}.items():
+            monkeypatch.setattr(decode_kernels, name, value)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("slots", [1, 40, 150])
+def test_decode_thresholds(slots, padding, splits):
+    *_, index_q, index_k = make_inputs(2, 1, slots, 1, units=3)
+    real = make_real(padding, 2, slots)
+    k_slots = torch.arange(slots, device=DEVICE)
+    scores = visible_scores(index_q, index_k, visible_slots(k_slots[-1:], k_slots, real))[:, :, 0]
+    for top_p in (0.3, 0.9, 0.999):
+        bins, least = decode_kernels.thresholds(index_q[:, :, 0], index_k, top_p=top_p, real=real)
+        seen = scores.isfinite()
+        assert torch.equal(bins > decode_kernels.UNSEEN, seen)
+        assert ((bins.float() * STEP_NATS)[seen] <= scores[seen] + 1e-4).all()
+        assert ((bins.float() + 1) * STEP_NATS >= scores - 1e-4)[seen].all()
+        low, high = (
+            top_p_threshold(bins.float().where(seen, -torch.inf) * STEP_NATS, p)[..., 0]
+            for p in (top_p + 1e-5, top_p - 1e-5)
+        )
+        got = least * STEP_NATS
+        assert ((got >= low) & (got <= high)).all()
+
+
+def decode_keep(index_q, index_k, retrieval, unit_size, near, visible, real, top_p, query_heads):
+    """[B, Hq, 1, N] what the kernel has to keep by its own thresholds."""
+    keep = (near & visible).expand(index_k.shape[0], query_heads, -1, -1).clone()
+    if retrieval and top_p < 1.0:
+        bins, least = decode_kernels.thresholds(index_q[:, :, 0], index_k, top_p=top_p, real=real)
+        chosen = ((bins >= least[..., None]) & (bins > decode_kernels.UNSEEN)).repeat_interleave(unit_size, 1)
+        keep[:, list(retrieval), 0] |= chosen
+    elif retrieval:
+        keep[:, list(retrieval)] = visible
+    return keep
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads", "retrieval", "unit_size"), LAYERS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_decode(padding, query_heads, kv_heads, retrieval, unit_size, splits):
+    for slots, window, sink_tokens, top_p in [
+        (1, 1, 0, 0.5),
+        (70, 20, 3, 0.8),
+        (150, 33, 4, 0.5),
+        (90, 5, 1, 1.0),
+        (40, 41, 4, 0.9),
+    ]:
+        q, *_, index_q, index_k = make_inputs(2, query_heads, slots, 1, units=len(retrieval) // unit_size)
+        _, k, v, *_ = make_inputs(2, kv_heads, slots, 1)
+        real = make_real(padding, 2, slots)
+        k_slots = torch.arange(slots, device=DEVICE)
+        sinks = sink_slots(real, sink_tokens, device=DEVICE)
+        visible = visible_slots(k_slots[-1:], k_slots, real)
+        near = ops.reference.near_slots(k_slots[-1:], k_slots, sinks, window)
+        keep = decode_keep(index_q, index_k, retrieval, unit_size, near, visible, real, top_p, query_heads)
+        for _ in range(2):  # counters are left as they were found
+            got = run_decode(
+                decode_kernels.decode_attention, q, k, v, index_q, index_k, retrieval=retrieval, unit_size=unit_size,
+                window=window, sink_tokens=sink_tokens, top_p=top_p, real=real, scaling=SCALING, spare=7,
+            )  # fmt: skip
+            close(got, (q, k, v), lambda q, k, v, keep=keep: attended(q, k, v, keep, SCALING))
+
+
+def paged(x, lengths, page, kept):
+    """[B, H, N, D] -> pages [P, page, H, D] in random order and block tables [B, pages]; what `kept` is False for is NaN."""
+    batch, heads, slots, dim = x.shape
+    each = -(-slots // page)
+    table = torch.randperm(batch * each, device=DEVICE).view(batch, each)
+    x = x.masked_fill(~kept[:, None, :, None], torch.nan)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, each * page - slots), value=torch.nan)
+    pages = torch.full((batch * each, page, heads, dim), torch.nan, dtype=x.dtype, device=DEVICE)
+    pages[table.flatten()] = padded.unflatten(2, (each, page)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    return pages, table.int()
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads", "retrieval", "unit_size"), LAYERS)
+@pytest.mark.parametrize("page", [16, 24])
+def test_decode_from_pages_at_different_lengths(page, query_heads, kv_heads, retrieval, unit_size, splits):
+    """Every sequence as if it were alone; what a local head has forgotten is never read."""
+    slots, window, sink_tokens, top_p = 130, 30, 3, 0.6
+    lengths = torch.tensor([130, 57, 31, 9, 1], device=DEVICE)
+    batch = len(lengths)
+    q, *_, index_q, index_k = make_inputs(batch, query_heads, slots, 1, units=len(retrieval) // unit_size)
+    _, k, v, *_ = make_inputs(batch, kv_heads, slots, 1)
+    slot = torch.arange(slots, device=DEVICE)
+    used = slot < lengths[:, None]
+    near = used & ((slot >= lengths[:, None] - window) | (slot < sink_tokens))
+    rows, full, head_units = split_roles(query_heads, kv_heads, retrieval, unit_size)
+    seed = torch.initial_seed()
+
+    def pages_of(x, heads, kept):
+        torch.manual_seed(seed + len(heads))  # one table for keys and values
+        return paged(x[:, list(heads)], lengths, page, kept)
+
+    (full_k, table), (full_v, _) = (pages_of(x, rows[:full], used) for x in (k, v))
+    (local_k, local_table), (local_v, _) = (pages_of(x, rows[full:], near) for x in (k, v))
+    none = k[:, :0]
+    got = decode_kernels.decode_attention(
+        q[:, :, 0].unflatten(1, (kv_heads, -1)), (full_k, full_v), (local_k, local_v), (none, none),
+        (index_q[:, :, 0], index_k), kv_rows=rows, head_units=head_units, slots=slots,
+        sinks=torch.arange(sink_tokens, device=DEVICE)[None], window_tokens=window, top_p=top_p, scaling=SCALING,
+        lengths=lengths.int(), block_tables=(table, local_table),
+    ).flatten(1, 2)  # fmt: skip
+    for i, length in enumerate(lengths.tolist()):
+        alone = run_decode(
+            decode_kernels.decode_attention, q[i : i + 1], k[i : i + 1, :, :length], v[i : i + 1, :, :length],
+            index_q[i : i + 1], index_k[i : i + 1, :, :length], retrieval=retrieval, unit_size=unit_size, window=window,
+            sink_tokens=min(sink_tokens, length), top_p=top_p, real=None, scaling=SCALING,
+        )  # fmt: skip
+        torch.testing.assert_close(got[i], alone[0, :, 0])
+
+
 COMPILE = """
 import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rtpurbo.ops import kernels
+from rtpurbo.ops import decode_kernels, kernels
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
             "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8"}
+DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32", "p_ml": "*fp32"}
+DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
+                                            "head_units", "table", "local_table")}
 
-def compiled(name, capability, **constants):
-    kernel = getattr(kernels, name)
+def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
+    kernel = getattr(module, name)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = {}
     for argument in kernel.arg_names:
         scalar = "fp32" if argument in ("top_p", "scale") else "i32"
-        pointer = POINTERS.get(argument, "*bf16") if argument.startswith("p_") else scalar
+        pointer = types_of.get(argument, "*bf16") if argument.startswith("p_") else scalar
         types[argument] = "constexpr" if argument in constants else pointer
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
@@ -228,6 +350,14 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
         for name in ("_forward", "_backward_queries", "_backward_keys"):
             sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
     sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
+    decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
+              "PADDED": True, "RAGGED": True}
+    sizes.append(compiled("_score", capability, D=16, TILE=decode_kernels.SCORE_TILE, SPLITS=64, **decode))
+    for page, units in ((0, 1), (0, 3), (16, 2)):
+        sizes.append(compiled(
+            "_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, NEAR=decode_kernels.NEAR_TOKENS,
+            FAR=decode_kernels.FAR_TILE, T=decode_kernels.KEY_TILE, PAGE=page, SELECT=True, ONE_ROW=True, **decode,
+        ))
 print(json.dumps(sizes))
 """
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
+from decoding import LAYERS, run_decode
 from rtpurbo import ops
-from rtpurbo.cache import gather_slots
 from rtpurbo.ops import prefill
-from rtpurbo.ops.reference import keep_mask, near_slots, sink_slots, visible_slots
+from rtpurbo.ops.reference import gather_slots, keep_mask, near_slots, sink_slots, visible_slots
 
 DIM, INDEX_DIM, SCALING = 8, 4, 0.5
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
@@ -123,46 +123,20 @@ def test_single_unit_for_several_heads():
     torch.testing.assert_close(run_retrieval(q, k, v, index_q, index_k, **settings), want, **TOLERANCE)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("slots", [2, 7, 33, 64])
-def test_decode_window(slots, padding):
-    group = 3
-    q, k, v, *_ = make_inputs(3, 2 * group, 2, slots, 1)
-    real = make_real(padding, 3, slots)
-    for window in [w for w in windows(slots) if w <= slots]:
-        for sink_tokens in (0, 1, 4):
-            if sink_tokens > slots:
-                continue
-            first_slot = slots - window
-            sinks = sink_slots(real, sink_tokens, device=q.device)
-            got = ops.decode_window(
-                q[:, :, 0].unflatten(1, (2, group)), k[:, :, first_slot:], v[:, :, first_slot:], gather_slots(k, sinks),
-                gather_slots(v, sinks), first_slot=first_slot, sinks=sinks, scaling=SCALING, real=real,
-            )  # fmt: skip
-            want = reference(q, k, v, window=window, sink_tokens=sink_tokens, real=real)
-            torch.testing.assert_close(got.flatten(1, 2)[:, :, None], want, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("query_heads", "heads", "unit_size", "kv_heads"),
-    [(9, (0, 6, 7), 1, [0, 2, 2]), (6, (0, 1, 2, 3, 4, 5), 2, [0, 1, 2]), (6, (4, 5), 2, [2])],
-)
+@pytest.mark.parametrize(("query_heads", "kv_heads", "heads", "unit_size"), LAYERS)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("slots", [1, 2, 7, 33, 64])
-def test_decode_retrieval(slots, padding, query_heads, heads, unit_size, kv_heads):
-    units = len(kv_heads)
-    q, k, v, index_q, index_k = make_inputs(3, query_heads, 3, slots, 1, units)
+def test_decode_attention(slots, padding, query_heads, kv_heads, heads, unit_size):
+    q, k, v, index_q, index_k = make_inputs(3, query_heads, kv_heads, slots, 1, len(heads) // unit_size)
     real = make_real(padding, 3, slots)
-    for window, sink_tokens, top_p in [(1, 0, 0.5), (5, 4, 0.8), (slots, 2, 0.3), (3, 1, 1.0)]:
-        got = ops.decode_retrieval(
-            q[:, list(heads), 0].unflatten(1, (units, unit_size)), k, v, index_q, index_k, kv_heads=kv_heads,
-            sinks=sink_slots(real, sink_tokens), window_tokens=window, top_p=top_p, scaling=SCALING, real=real,
+    for window, sink_tokens, top_p in [(1, 0, 0.5), (5, 4, 0.8), (slots, 2, 0.3), (3, 1, 1.0), (slots + 2, 1, 0.9)]:
+        settings = {"window": window, "sink_tokens": min(sink_tokens, slots), "top_p": top_p, "real": real}
+        got = run_decode(
+            ops.decode_attention, q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, scaling=SCALING,
+            spare=3, **settings,
         )  # fmt: skip
-        want = reference(
-            q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, window=window, sink_tokens=sink_tokens,
-            top_p=top_p, real=real,
-        )  # fmt: skip
-        torch.testing.assert_close(got.flatten(1, 2)[:, :, None], want[:, list(heads)], **TOLERANCE)
+        want = reference(q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, **settings)
+        torch.testing.assert_close(got, want, **TOLERANCE)
 
 
 def test_random_shapes():

@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import ops
-from .cache import KeyValues, SparseLayer, gather_slots, pick_heads, sparse_layer, split_heads
+from .cache import KeyValues, SparseLayer, pick_heads, sparse_layer, split_heads
 from .config import SparseConfig
 from .heads import HeadMap
 from .indexer import LayerIndexer
-from .ops.reference import visible_slots
+from .ops.reference import gather_slots, visible_slots
 
 IMPLEMENTATION = "rtpurbo"
 Recorder = Callable[["Observed"], None]
@@ -61,6 +61,10 @@ class LayerState:
     local: list[int] = field(init=False)
     full_kv: list[int] = field(init=False)
     local_kv: list[int] = field(init=False)
+    kv_rows: tuple[int, ...] = field(init=False)
+    """Full KV heads, then local ones."""
+    head_units: tuple[int, ...] = field(init=False)
+    """Index unit of every query head, -1 for local ones."""
     unit_rows: list[int] = field(init=False)
     """Row of `full_kv` that each index unit reads."""
     dense_rows: dict[int, list[int]] = field(init=False)
@@ -72,6 +76,9 @@ class LayerState:
         self.local = [h for h in range(heads.query_heads) if h not in self.retrieval]
         self.full_kv = list(heads.full_kv_heads(self.layer))
         self.local_kv = [g for g in range(heads.kv_heads) if g not in self.full_kv]
+        self.kv_rows = (*self.full_kv, *self.local_kv)
+        units = {h: i // heads.heads_per_unit for i, h in enumerate(self.retrieval)}
+        self.head_units = tuple(units.get(h, -1) for h in range(heads.query_heads))
         self.unit_rows = [self.full_kv.index(g) for g in heads.units(self.layer)]
         mixed = {row: [h for h in heads.group(g) if h in self.local] for row, g in enumerate(self.full_kv)}
         self.dense_rows = {row: local for row, local in mixed.items() if local}
@@ -216,54 +223,20 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
 
 def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
     """Attend with one query per sequence: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
-    out = torch.empty_like(q)
-    length = real.shape[1] if real is not None else kv.first_slot + kv.local_k.shape[2]
-    if kv.full_k.shape[1]:
-        length = kv.full_k.shape[2]
-    first_slot = max(0, length - state.config.window_tokens)
-    if state.retrieval:
-        heads = q[:, state.retrieval, 0].unflatten(1, (-1, state.heads.heads_per_unit))
-        result = ops.decode_retrieval(
-            heads,
-            kv.full_k,
-            kv.full_v,
-            index_q,
-            kv.index_k,
-            kv_heads=state.unit_rows,
-            sinks=kv.sinks,
-            window_tokens=state.config.window_tokens,
-            top_p=state.config.top_p,
-            scaling=scaling,
-            real=real,
-        )
-        out[:, state.retrieval, 0] = result.flatten(1, 2)
-    if state.local_kv:
-        heads_of = [h for g in state.local_kv for h in state.heads.group(g)]
-        skip = first_slot - kv.first_slot
-        result = ops.decode_window(
-            q[:, heads_of, 0].unflatten(1, (-1, state.group_size)),
-            kv.local_k[:, :, skip:],
-            kv.local_v[:, :, skip:],
-            kv.sink_k,
-            kv.sink_v,
-            first_slot=first_slot,
-            sinks=kv.sinks,
-            scaling=scaling,
-            real=real,
-        )
-        out[:, heads_of, 0] = result.flatten(1, 2)
-    for row, local in state.dense_rows.items():
-        k, v = kv.full_k[:, row : row + 1], kv.full_v[:, row : row + 1]
-        result = ops.decode_window(
-            q[:, None, local, 0],
-            k[:, :, first_slot:],
-            v[:, :, first_slot:],
-            gather_slots(k, kv.sinks),
-            gather_slots(v, kv.sinks),
-            first_slot=first_slot,
-            sinks=kv.sinks,
-            scaling=scaling,
-            real=real,
-        )
-        out[:, local, 0] = result[:, 0]
-    return out
+    index = None if index_q is None or kv.index_k is None else (index_q[:, :, 0], kv.index_k)
+    out = ops.decode_attention(
+        q[:, :, 0].unflatten(1, (-1, state.group_size)),
+        (kv.full_k, kv.full_v),
+        (kv.local_k, kv.local_v),
+        (kv.sink_k, kv.sink_v),
+        index,
+        kv_rows=state.kv_rows,
+        head_units=state.head_units,
+        slots=kv.full_k.shape[2] if state.full_kv else kv.first_slot + kv.local_k.shape[2],
+        sinks=kv.sinks,
+        window_tokens=state.config.window_tokens,
+        top_p=state.config.top_p,
+        scaling=scaling,
+        real=real,
+    )
+    return out.flatten(1, 2)[:, :, None]

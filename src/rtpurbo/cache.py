@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
-from .ops.reference import sink_slots
+from .ops.reference import gather_slots, sink_slots
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What models, `generate` and their outputs call the cache; renamed in Transformers 5.24."""
@@ -101,12 +101,6 @@ def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
 def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
     """x[:, heads], by an index that stays on the device: a list would be copied there, and waited for, each time."""
     return x.index_select(1, _head_index(tuple(heads), x.device))
-
-
-def gather_slots(tokens: Tensor, slots: Tensor) -> Tensor:
-    """tokens [B, H, N, D] at slots [B or 1, S] (clamped to 0 where -1) -> [B, H, S, D]."""
-    index = slots.clamp(min=0)[:, None, :, None].expand(tokens.shape[0], tokens.shape[1], -1, tokens.shape[3])
-    return tokens.gather(2, index)
 
 
 class SparseLayer(CacheLayerMixin):

@@ -1,16 +1,16 @@
-"""Attention operations. `reference` says what they mean; `prefill` (with Triton `kernels` on a GPU) and `decode` compute it
-in bounded memory."""
+"""Attention operations. `reference` says what they mean; `prefill` (with Triton `kernels` on a GPU) and `decode` (with
+`decode_kernels`) compute it in bounded memory."""
 
-from .decode import decode_retrieval, decode_window
+from .decode import decode_attention
 from .prefill import backend, retrieval_attention, window_attention
-from .reference import far_slots, sink_slots, sparse_attention
+from .reference import far_slots, gather_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
 __all__ = [
     "backend",
-    "decode_retrieval",
-    "decode_window",
+    "decode_attention",
     "far_slots",
+    "gather_slots",
     "index_scores",
     "retrieval_attention",
     "sink_slots",

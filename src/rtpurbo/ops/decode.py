@@ -1,7 +1,9 @@
-"""Attention of one new query per sequence, in plain PyTorch: gather what was selected, read nothing else.
+"""Attention of one new query per sequence: score the index, gather what was selected, read nothing else.
 
-Shapes: B batch, H query heads, Hkv KV heads, N key slots, D head dimension, U index units, S query heads per unit,
-d index dimension.
+Triton kernels (`decode_kernels.py`) where `prefill.backend` says so; else plain PyTorch.
+
+Shapes: B batch, Hkv KV heads, of which F are full (all slots kept), G query heads of each, N key slots, D head dimension,
+U index units, S query heads per unit, d index dimension.
 """
 
 from __future__ import annotations
@@ -9,7 +11,86 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import keep_mask, near_slots, visible_slots
+from .prefill import backend
+from .reference import gather_slots, keep_mask, near_slots, visible_slots
+
+
+def decode_attention(
+    q: Tensor,
+    full: tuple[Tensor, Tensor],
+    local: tuple[Tensor, Tensor],
+    sink: tuple[Tensor, Tensor],
+    index: tuple[Tensor, Tensor] | None,
+    *,
+    kv_rows: tuple[int, ...],
+    head_units: tuple[int, ...],
+    slots: int,
+    sinks: Tensor,
+    window_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Decode step of a layer, every head by its role (paper, sections 3.1 and 3.2).
+
+    Args:
+        q: [B, Hkv, G, D], the query heads of every KV head.
+        full: keys and values [B, F, N, D] of full KV heads.
+        local: keys and values [B, Hkv - F, L, D] of the others, the last L slots.
+        sink: keys and values [B, Hkv - F, s, D] of the others, at slots `sinks` [B or 1, s] (-1: none).
+        index: queries [B, U, d] and keys [B, U, N, d]; None: retrieval heads are dense.
+        kv_rows: KV head of every row of `full`, then of `local`.
+        head_units: index unit of every query head, -1 for local ones; without an index any number stands for retrieval.
+        slots: N.
+        real: [B, N] bool, False for padding; None when nothing is padded.
+
+    Returns:
+        [B, Hkv, G, D]
+    """
+    if q.device.type == "cuda" and backend("cuda", q.dtype, q.shape[-1])[0] == "triton":
+        from . import decode_kernels
+
+        return decode_kernels.decode_attention(
+            q, full, local, sink, index, kv_rows=kv_rows, head_units=head_units, slots=slots, sinks=sinks,
+            window_tokens=window_tokens, top_p=top_p, scaling=scaling, real=real,
+        )  # fmt: skip
+    out = torch.empty_like(q)
+    group, full_rows = q.shape[2], full[0].shape[1]
+    first_slot = max(0, slots - window_tokens)
+    near = {"first_slot": first_slot, "sinks": sinks, "scaling": scaling, "real": real}
+    if kv_rows[full_rows:]:
+        heads = list(kv_rows[full_rows:])
+        recent = (x[:, :, first_slot - (slots - x.shape[2]) :] for x in local)
+        out[:, heads] = decode_window(q[:, heads], *recent, *sink, **near)
+    units: dict[int, list[tuple[int, int]]] = {}  # unit -> its query heads as (row, place in the group)
+    for row, head in enumerate(kv_rows[:full_rows]):
+        mine = head_units[head * group : (head + 1) * group]
+        for place, unit in enumerate(mine):
+            if unit >= 0:
+                units.setdefault(unit, []).append((row, place))
+        if -1 in mine:
+            places = [place for place, unit in enumerate(mine) if unit == -1]
+            k, v = (x[:, row : row + 1] for x in full)
+            its = (k[:, :, first_slot:], v[:, :, first_slot:], *(gather_slots(x, sinks) for x in (k, v)))
+            out[:, head, places] = decode_window(q[:, [head]][:, :, places], *its, **near)[:, 0]
+    if units:
+        rows = [units[u][0][0] for u in sorted(units)]
+        heads = torch.tensor([[kv_rows[row]] * len(units[u]) for u, row in zip(sorted(units), rows, strict=True)])
+        places = torch.tensor([[place for _, place in units[u]] for u in sorted(units)])
+        index_q, index_k = index if index is not None else (None, None)
+        out[:, heads, places] = decode_retrieval(
+            q[:, heads, places],
+            *full,
+            None if index_q is None else index_q[:, :, None],
+            index_k,
+            kv_heads=rows,
+            sinks=sinks,
+            window_tokens=window_tokens,
+            top_p=top_p,
+            scaling=scaling,
+            real=real,
+        )
+    return out
 
 
 def decode_window(
@@ -29,7 +110,7 @@ def decode_window(
     Args:
         q: [B, Hkv, G, D], the G query heads of every KV head.
         k, v: [B, Hkv, L, D], exactly the window, `first_slot` its first slot and the query's own its last.
-        sink_k, sink_v: [B, Hkv, sink_tokens, D] at slots `sinks` [B or 1, sink_tokens] (-1 for none).
+        sink_k, sink_v: [B, Hkv, sink_tokens, D], at slots `sinks` [B or 1, s] (-1: none).
         real: [B, first_slot + L] bool, False for padding; None when nothing is padded.
 
     Returns:

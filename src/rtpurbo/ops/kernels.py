@@ -88,7 +88,8 @@ def _key_tile(
 
 @triton.jit
 def _grid_scores(
-    p_ik, p_real, row, units, b_iq, o_q, start, slots, d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr
+    p_ik, p_real, row, units, b_iq, o_q, start, slots,
+    d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """[M, N] index scores of the N slots from `start` on, in whole grid steps, -inf where a query does not see."""
     o_k = start + tl.arange(0, N)
@@ -116,7 +117,9 @@ def _thresholds(
     stop = tl.minimum((slots - queries) // M * M + tile * M + M, slots)
     best = tl.full([M], float("-inf"), tl.float32)
     for start in range(0, stop, N):
-        best = tl.maximum(best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1))
+        best = tl.maximum(
+            best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1)
+        )
     best = tl.where(best == float("-inf"), 0.0, best)
     steps = tl.zeros([M], tl.float32)
     width = STEPS // 4

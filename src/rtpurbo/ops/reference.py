@@ -26,6 +26,12 @@ def sink_slots(real: Tensor | None, sink_tokens: int, *, device: torch.device | 
     return torch.where(first < real.shape[1], first, -1)
 
 
+def gather_slots(tokens: Tensor, slots: Tensor) -> Tensor:
+    """tokens [B, H, N, D] at slots [B or 1, S] (clamped to 0 where -1) -> [B, H, S, D]."""
+    index = slots.clamp(min=0)[:, None, :, None].expand(tokens.shape[0], tokens.shape[1], -1, tokens.shape[3])
+    return tokens.gather(2, index)
+
+
 def visible_slots(q_slots: Tensor, k_slots: Tensor, real: Tensor | None) -> Tensor:
     """[B or 1, 1, T, N] bool: causal and not padding; every query sees itself, so that no row is empty."""
     seen = k_slots <= q_slots[:, None]

@@ -1,0 +1,409 @@
+"""Triton kernels of `decode`: a layer's decode step in two launches, whatever the roles of its heads.
+
+1. `_score`: index scores of all tokens, rounded down to the grid (int16), and a histogram of them for every split of the
+   keys. The last split of a unit to finish adds the histograms up and finds the threshold (`select.top_p_threshold`).
+2. `_attend`: near splits (the window; the first one takes the sinks too) and far splits (selected tokens: compacted, then
+   gathered) of every KV head, all query heads of its group together, so that keys and values are read once. The last
+   split of a KV head to finish combines them by their log-sum-exp.
+
+Nothing is copied to the host and all shapes are static, so that a CUDA graph may hold both launches.
+
+Shapes: B batch, Hkv KV heads, of which the first F *rows* are full and the others local, G query heads of each, N key
+slots, D head dimension, U index units, d index dimension. Keys lie contiguous per head, or in pages.
+Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks, s_ strides; batch, row and unit as int64 in addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kernels import LEAST_DOT, LOG2E, _on
+from .select import GRID_STEPS, STEP_NATS
+
+UNSEEN = -32768
+"""Grid score of a slot that the query does not see."""
+SCORE_TILE = 1024
+"""Tokens whose index keys one program loads at once."""
+FAR_TILE = 2048
+"""Tokens whose selection one program compacts at once."""
+NEAR_TOKENS = 256
+"""Tokens of the window a program attends to: all of them are read, so few enough to fill a GPU."""
+KEY_TILE = 64
+"""Tokens of one tile product."""
+PROGRAMS = 1056
+"""Programs that a launch is cut into, if there is work for so many: eight for each of an H100's 132 multiprocessors."""
+
+
+@triton.jit
+def _score(
+    p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
+    units, slots, span, splits, top_p, s_kb, s_ku, s_kn,
+    D: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Grid scores of `span` tokens of one unit, and their histogram; the last one to finish finds the unit's threshold."""
+    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, unit = row // units, row % units
+    length = slots
+    if RAGGED:
+        length = tl.load(p_lengths + batch)
+    o_d = tl.arange(0, D)
+    b_iq = tl.load(p_iq + row * D + o_d).to(tl.float32)
+    begin = split * span
+    stop = tl.minimum(begin + span, length)
+    p_keys = p_ik + batch * s_kb + unit * s_ku
+    top = tl.full([], LOWEST, tl.int32)
+    for start in range(begin, stop, TILE):
+        o_k = start + tl.arange(0, TILE)
+        m_k = o_k < stop
+        b_ik = tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_k[:, None], other=0.0).to(tl.float32)
+        scores = tl.sum(b_ik * b_iq[None, :], 1)
+        bins = tl.minimum(tl.maximum(tl.floor(scores / STEP), LOWEST + 1.0), -(LOWEST + 1.0)).to(tl.int32)
+        m_seen = m_k
+        if PADDED:
+            b_real = tl.load(p_real + batch * slots + o_k, mask=m_k, other=0)
+            m_seen = m_k & ((b_real != 0) | (o_k == length - 1))
+        bins = tl.where(m_seen, bins, LOWEST)
+        tl.store(p_bins + row * slots + o_k, bins.to(tl.int16), mask=m_k)
+        top = tl.maximum(top, tl.max(bins, 0))
+    tl.debug_barrier()
+    counts = tl.zeros([STEPS], tl.int32)
+    for start in range(begin, stop, TILE):
+        o_k = start + tl.arange(0, TILE)
+        bins = tl.load(p_bins + row * slots + o_k, mask=o_k < stop, other=LOWEST).to(tl.int32)
+        below = top - bins
+        counts += tl.histogram(below, STEPS, mask=(bins > LOWEST) & (below < STEPS))
+    o_s = tl.arange(0, STEPS)
+    tl.store(p_counts + (row * splits + split) * STEPS + o_s, counts)
+    tl.store(p_tops + row * splits + split, top)
+    tl.debug_barrier()
+    if tl.atomic_add(p_arrived + row, 1) == splits - 1:
+        o_p = tl.arange(0, SPLITS)
+        tops = tl.load(p_tops + row * splits + o_p, mask=o_p < splits, other=LOWEST, cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        merged = tl.zeros([STEPS], tl.int32)
+        for part in range(splits):
+            place = o_s - (best - tl.load(p_tops + row * splits + part, cache_modifier=".cg"))
+            merged += tl.load(
+                p_counts + (row * splits + part) * STEPS + place, mask=place >= 0, other=0, cache_modifier=".cg"
+            )
+        mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
+        short = (tl.cumsum(mass, 0) < top_p * tl.sum(mass, 0)).to(tl.int32)
+        tl.store(p_least + row, best - tl.maximum(tl.sum(short, 0), 1))
+        tl.store(p_arrived + row, 0)
+
+
+@triton.jit
+def _slot_offset(o_k, p_table, first_slot, s_page, s_n, PAGE: tl.constexpr):
+    """Offset of slots in one head's keys: contiguous from `first_slot` on, or in the pages of a block table."""
+    if PAGE:
+        page = tl.load(p_table + o_k // PAGE).to(tl.int64)
+        return page * s_page + (o_k % PAGE).to(tl.int64) * s_n
+    return (o_k - first_slot).to(tl.int64) * s_n
+
+
+@triton.jit
+def _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
+    """One step of the online softmax: logits of a tile, allowed where m_tile [heads, tokens]."""
+    logits = tl.where(m_tile, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(logits - base[:, None])
+    keep = tl.exp2(peak - base)
+    acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
+    return higher, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _attend(
+    p_q, p_k, p_v, p_lk, p_lv, p_sk, p_sv, p_sinks, p_bins, p_least, p_list, p_heads, p_row_units, p_head_units,
+    p_lengths, p_real, p_table, p_local_table, p_acc, p_ml, p_arrived, p_out,
+    rows, full_rows, units, slots, first_slot, window, near, far, span, sink_count, table_width, scale,
+    s_kb, s_kh, s_kn, s_lb, s_lh, s_ln, s_page, s_local_page,
+    D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PAGE: tl.constexpr,
+    SELECT: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ONE_ROW: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """One split of one row (KV head) for all its query heads; the last one to finish combines the row's splits."""
+    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    is_near = pid < rows * near
+    beyond = pid - rows * near
+    row = tl.where(is_near, pid // near, beyond // tl.maximum(far, 1)).to(tl.int64)
+    split = tl.where(is_near, pid % near, near + beyond % tl.maximum(far, 1))
+    is_full = row < full_rows
+    length = slots
+    if RAGGED:
+        length = tl.load(p_lengths + batch)
+    edge = tl.maximum(length - window, 0)
+    head = tl.load(p_heads + row).to(tl.int64)
+    o_g, o_d, o_t = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, T)
+    m_g = o_g < G
+    p_here = p_q + (batch * rows + head) * G * D + o_g[:, None] * D + o_d
+    b_q = tl.load(p_here, mask=m_g[:, None], other=0.0)
+    s_n, s_pg = tl.where(is_full, s_kn, s_ln), tl.where(is_full, s_page, s_local_page)
+    origin = tl.where(is_full, 0, first_slot)
+    if is_full:
+        o_base = batch * s_kb + row * s_kh
+        p_keys, p_values, p_pages = p_k + o_base, p_v + o_base, p_table + batch * table_width
+    else:
+        o_base = batch * s_lb + (row - full_rows) * s_lh
+        p_keys, p_values, p_pages = p_lk + o_base, p_lv + o_base, p_local_table + batch * table_width
+    peak = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    acc = tl.zeros([GROUP, D], tl.float32)
+    o_sink = tl.arange(0, S)
+    p_sinks += tl.where(ONE_ROW, 0, batch * sink_count)
+    if is_near:
+        start = edge + split * NEAR
+        stop = tl.minimum(start + NEAR, length)
+        if split == 0:
+            b_sinks = tl.load(p_sinks + o_sink, mask=o_sink < sink_count, other=-1)
+            m_old = (b_sinks >= 0) & (b_sinks < edge)
+            if is_full | (PAGE > 0):
+                o_n = _slot_offset(tl.maximum(b_sinks, 0), p_pages, 0, s_pg, s_n, PAGE)
+                b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+                b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+            else:
+                o_n = ((batch * (rows - full_rows) + row - full_rows) * sink_count + o_sink) * D
+                b_k = tl.load(p_sk + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+                b_v = tl.load(p_sv + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+            peak, total, acc = _add_tile(b_q, b_k, b_v, m_old[None, :] & m_g[:, None], peak, total, acc, scale)
+        for begin in range(start, stop, T):
+            o_k = begin + o_t
+            m_k = o_k < stop
+            o_n = _slot_offset(tl.where(m_k, o_k, start), p_pages, origin, s_pg, s_n, PAGE)
+            b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+            b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+            if PADDED:
+                m_k = m_k & ((tl.load(p_real + batch * slots + o_k, mask=m_k, other=0) != 0) | (o_k == length - 1))
+            peak, total, acc = _add_tile(b_q, b_k, b_v, m_k[None, :] & m_g[:, None], peak, total, acc, scale)
+    else:
+        start = (split - near) * span
+        stop = tl.minimum(start + span, edge)
+        b_unit = tl.load(p_head_units + row * G + o_g, mask=m_g, other=-1).to(tl.int64)
+        m_retrieves = b_unit >= 0
+        p_unit = p_bins + (batch * units + tl.maximum(b_unit, 0)) * slots
+        b_least = b_unit
+        if SELECT:
+            b_least = tl.load(p_least + batch * units + b_unit, mask=m_retrieves, other=0)
+        p_chosen = p_list + (batch * full_rows + row) * slots
+        for begin in range(start, stop, FAR):
+            o_c = begin + tl.arange(0, FAR)
+            m_c = o_c < stop
+            m_any = m_c
+            if SELECT:
+                m_any = o_c < 0
+                for r in tl.static_range(R):
+                    unit = tl.load(p_row_units + row * R + r).to(tl.int64)
+                    if unit >= 0:
+                        least = tl.load(p_least + batch * units + unit)
+                        bins = tl.load(p_bins + (batch * units + unit) * slots + o_c, mask=m_c, other=LOWEST).to(tl.int32)
+                        m_any = m_any | ((bins >= least) & (bins > LOWEST))
+            elif PADDED:
+                m_any = m_any & (tl.load(p_real + batch * slots + o_c, mask=m_c, other=0) != 0)
+            for i in range(sink_count):  # the first near split has them
+                m_any = m_any & (o_c != tl.load(p_sinks + i))
+            chosen = m_any.to(tl.int32)
+            count = tl.sum(chosen, 0)
+            tl.store(p_chosen + begin + tl.cumsum(chosen, 0) - 1, o_c, mask=m_any)
+            tl.debug_barrier()
+            for first in range(0, count, T):
+                m_k = first + o_t < count
+                o_k = tl.load(p_chosen + begin + first + o_t, mask=m_k, other=begin)
+                o_n = _slot_offset(o_k, p_pages, 0, s_pg, s_n, PAGE)
+                b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+                b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+                m_tile = m_k[None, :] & m_retrieves[:, None]
+                if SELECT and R > 1:  # a row of several units: each head takes its own unit's tokens
+                    bins = tl.load(p_unit[:, None] + o_k[None, :], mask=m_tile, other=LOWEST).to(tl.int32)
+                    m_tile = m_tile & (bins >= b_least[:, None])
+                peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
+    most = near + far
+    place = (batch * rows + row) * most
+    o_part = (place + split) * G + o_g
+    tl.store(p_ml + o_part * 2, peak, mask=m_g)
+    tl.store(p_ml + o_part * 2 + 1, total, mask=m_g)
+    tl.store(p_acc + o_part[:, None] * D + o_d, acc, mask=m_g[:, None] & (peak > float("-inf"))[:, None])
+    tl.debug_barrier()
+    parts = tl.where(is_full, most, near)
+    if tl.atomic_add(p_arrived + batch * rows + row, 1) == parts - 1:
+        peak = tl.full([GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        acc = tl.zeros([GROUP, D], tl.float32)
+        for part in range(parts):
+            o_part = (place + part) * G + o_g
+            its = tl.load(p_ml + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
+            m_its = its > float("-inf")
+            higher = tl.maximum(peak, its)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            keep, share = tl.exp2(peak - base), tl.exp2(its - base)
+            total = total * keep + share * tl.load(p_ml + o_part * 2 + 1, mask=m_its, other=0.0, cache_modifier=".cg")
+            b_acc = tl.load(p_acc + o_part[:, None] * D + o_d, mask=m_its[:, None], other=0.0, cache_modifier=".cg")
+            acc = acc * keep[:, None] + share[:, None] * b_acc
+            peak = higher
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        p_there = p_out + (batch * rows + head) * G * D + o_g[:, None] * D + o_d
+        tl.store(p_there, acc.to(p_out.dtype.element_ty), mask=m_g[:, None])
+        tl.store(p_arrived + batch * rows + row, 0)
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Head roles of a layer on the device, int32."""
+
+    heads: Tensor
+    """[Hkv] KV head of every row"""
+    row_units: Tensor
+    """[F, R] units of every full row, -1 for none"""
+    head_units: Tensor
+    """[F, G] unit of every query head of a full row, -1 for local ones"""
+
+
+@lru_cache(maxsize=4096)
+def _roles(kv_rows: tuple[int, ...], full_rows: int, head_units: tuple[int, ...], device: torch.device) -> _Roles:
+    group = len(head_units) // len(kv_rows)
+    per_row = [head_units[g * group : (g + 1) * group] for g in kv_rows[:full_rows]]
+    distinct = [sorted({u for u in row if u >= 0}) for row in per_row]
+    most = max(map(len, distinct), default=1)
+    padded = [[*row, *[-1] * (most - len(row))] for row in distinct]
+    with torch.inference_mode(False):
+
+        def tensor(values: Any, *shape: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device).reshape(shape)
+
+        return _Roles(
+            tensor(kv_rows, len(kv_rows)), tensor(padded, full_rows, most), tensor(per_row, full_rows, group)
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Zeros that every launch leaves as zeros. Launches that share them must follow each other on one stream."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _cut(length: int, tile: int, most: int) -> tuple[int, int]:
+    """(span, splits): `length` tokens in at most `most` splits of whole tiles."""
+    tiles = max(1, -(-length // tile))
+    span = -(-tiles // max(1, min(most, tiles)))
+    return span * tile, -(-tiles // span)
+
+
+def thresholds(
+    index_q: Tensor, index_k: Tensor, *, top_p: float, real: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Index scores of one query per sequence, in grid steps, and the least that is kept.
+
+    Args:
+        index_q: [B, U, d]; index_k: [B, U, N, d], the last dimension contiguous; d a power of two.
+        real: [B, N] bool, False for padding; the last slot always counts.
+        lengths: [B] int32 slots in use of each sequence; None for all.
+
+    Returns:
+        [B, U, N] int16 (undefined beyond a sequence's length), [B, U] int32.
+    """
+    batch, units, slots, dim = index_k.shape
+    device = index_q.device
+    span, splits = _cut(slots, SCORE_TILE, max(1, PROGRAMS // (batch * units)))
+    bins = torch.empty(batch, units, slots, dtype=torch.int16, device=device)
+    counts = torch.empty(batch, units, splits, GRID_STEPS, dtype=torch.int32, device=device)
+    tops = torch.empty(batch, units, splits, dtype=torch.int32, device=device)
+    least = torch.empty(batch, units, dtype=torch.int32, device=device)
+    with _on(index_q):
+        _score[(splits, batch * units)](
+            index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
+            tops, _counters(device, batch * units), least, units, slots, span, splits, top_p, *index_k.stride()[:3],
+            D=dim, TILE=SCORE_TILE, SPLITS=triton.next_power_of_2(splits), STEP=STEP_NATS, STEPS=GRID_STEPS,
+            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=4,
+        )  # fmt: skip
+    return bins, least
+
+
+def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
+    return stand_in if real is None else real[:, :slots].contiguous().view(torch.uint8)
+
+
+def decode_attention(
+    q: Tensor,
+    full: tuple[Tensor, Tensor],
+    local: tuple[Tensor, Tensor],
+    sink: tuple[Tensor, Tensor],
+    index: tuple[Tensor, Tensor] | None,
+    *,
+    kv_rows: tuple[int, ...],
+    head_units: tuple[int, ...],
+    slots: int,
+    sinks: Tensor,
+    window_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+    lengths: Tensor | None = None,
+    block_tables: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`decode.decode_attention`, same arguments and meaning, and for serving:
+
+    Args:
+        lengths: [B] int32 slots in use of each sequence, its query's own slot the last; None for all `slots`. With it, local
+            keys must be in pages.
+        block_tables: for full and for local rows, [B, pages] int32; keys and values are then [pages, page, rows, D] and
+            sinks lie in their pages (`sink` is not read). Pages of local rows outside window and sinks are never read.
+    """
+    batch, rows, group, dim = q.shape
+    (k, v), (lk, lv), (sk, sv) = full, local, sink
+    full_rows = k.shape[2 if block_tables else 1]
+    device = q.device
+    page = 0
+    tables: tuple[Tensor, Tensor] = (sinks, sinks)
+    if block_tables is not None:
+        page, tables = (k if full_rows else lk).shape[1], block_tables
+        if tables[0].shape != tables[1].shape:
+            raise ValueError(f"Block tables must have one shape, got {tuple(tables[0].shape)}, {tuple(tables[1].shape)}.")
+    elif lengths is not None and full_rows < rows:
+        raise ValueError("Sequences of different lengths need local keys in pages; pass block_tables.")
+    for name, x in (("k", k), ("v", v), ("local k", lk), ("local v", lv)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"The head dimension of {name} must be contiguous, got strides {x.stride()}.")
+    for a, b in ((k, v), (lk, lv)):
+        if a.stride() != b.stride():
+            raise ValueError(f"Keys and values must have the same strides, got {a.stride()} and {b.stride()}.")
+    roles = _roles(kv_rows, full_rows, head_units, device)
+    units = max(head_units) + 1
+    far_tokens = max(0, slots - window_tokens) if full_rows else 0
+    select = index is not None and top_p < 1.0 and far_tokens > 0
+    bins = least = roles.heads
+    if select:
+        assert index is not None
+        index_q, index_k = index
+        bins, least = thresholds(index_q, index_k, top_p=top_p, real=real, lengths=lengths)
+    near = -(-min(window_tokens, slots) // NEAR_TOKENS)
+    most = max(1, (PROGRAMS - rows * near) // max(1, batch * full_rows)) if far_tokens else 1
+    span, far = _cut(far_tokens, FAR_TILE, max(most, 16)) if far_tokens else (FAR_TILE, 0)
+    chosen = torch.empty(batch, full_rows, slots if far else 0, dtype=torch.int32, device=device)
+    acc = torch.empty(batch, rows, near + far, group, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(batch, rows, near + far, group, 2, dtype=torch.float32, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    strides = [(x.stride(0), x.stride(1), x.stride(2)) for x in (k, lk)]
+    if page:  # [pages, page, rows, D]
+        strides = [(0, x.stride(2), x.stride(1)) for x in (k, lk)]
+    with _on(q):
+        _attend[(rows * near + full_rows * far, batch)](
+            q.contiguous(), k, v, lk, lv, sk.contiguous(), sv.contiguous(), sinks, bins, least, chosen, roles.heads,
+            roles.row_units, roles.head_units, sinks if lengths is None else lengths, _flags(real, slots, sinks), *tables,
+            acc, ml, _counters(device, batch * rows), out,
+            rows, full_rows, units, slots, slots - lk.shape[2] if not page else 0, window_tokens, near, far, span,
+            sinks.shape[1], tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], k.stride(0), lk.stride(0),
+            D=dim, G=group, GROUP=max(LEAST_DOT, triton.next_power_of_2(group)),
+            S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=roles.row_units.shape[1] if full_rows else 1,
+            NEAR=NEAR_TOKENS, FAR=FAR_TILE, T=KEY_TILE, PAGE=page, SELECT=select, PADDED=real is not None,
+            RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, num_warps=4,
+        )  # fmt: skip
+    return out
