@@ -27,10 +27,10 @@ def run_decode(
     of_full, of_local = list(rows[:full]), list(rows[full:])
     out = op(
         q[:, :, 0].unflatten(1, (kv_heads, -1)),
-        (k[:, of_full], v[:, of_full]),
-        (k[:, of_local, first:], v[:, of_local, first:]),
-        tuple(gather_slots(x[:, of_local], sinks) for x in (k, v)),
-        None if index_q is None else (index_q[:, :, 0], index_k),
+        *(x[:, of_full] for x in (k, v)),
+        *(x[:, of_local, first:] for x in (k, v)),
+        *(gather_slots(x[:, of_local], sinks) for x in (k, v)),
+        *((None, None) if index_q is None else (index_q[:, :, 0], index_k)),
         kv_rows=rows,
         head_units=head_units,
         slots=slots,

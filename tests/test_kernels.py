@@ -304,8 +304,8 @@ def test_decode_from_pages_at_different_lengths(page, query_heads, kv_heads, ret
     (local_k, local_table), (local_v, _) = (pages_of(x, rows[full:], near) for x in (k, v))
     none = k[:, :0]
     got = decode_kernels.decode_attention(
-        q[:, :, 0].unflatten(1, (kv_heads, -1)), (full_k, full_v), (local_k, local_v), (none, none),
-        (index_q[:, :, 0], index_k), kv_rows=rows, head_units=head_units, slots=slots,
+        q[:, :, 0].unflatten(1, (kv_heads, -1)), full_k, full_v, local_k, local_v, none, none,
+        index_q[:, :, 0], index_k, kv_rows=rows, head_units=head_units, slots=slots,
         sinks=torch.arange(sink_tokens, device=DEVICE)[None], window_tokens=window, top_p=top_p, scaling=SCALING,
         lengths=lengths.int(), block_tables=(table, local_table),
     ).flatten(1, 2)  # fmt: skip

@@ -223,13 +223,16 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
 
 def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
     """Attend with one query per sequence: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
-    index = None if index_q is None or kv.index_k is None else (index_q[:, :, 0], kv.index_k)
     out = ops.decode_attention(
         q[:, :, 0].unflatten(1, (-1, state.group_size)),
-        (kv.full_k, kv.full_v),
-        (kv.local_k, kv.local_v),
-        (kv.sink_k, kv.sink_v),
-        index,
+        kv.full_k,
+        kv.full_v,
+        kv.local_k,
+        kv.local_v,
+        kv.sink_k,
+        kv.sink_v,
+        None if index_q is None else index_q[:, :, 0],
+        kv.index_k if index_q is not None else None,
         kv_rows=state.kv_rows,
         head_units=state.head_units,
         slots=kv.full_k.shape[2] if state.full_kv else kv.first_slot + kv.local_k.shape[2],

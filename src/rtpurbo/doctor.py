@@ -67,7 +67,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> float:
     prefill = ops.retrieval_attention(q, kr, vr, index_q, index_k, heads_per_unit=2, sinks=sinks, **shape)
     none = k[:, :0]
     decode = ops.decode_attention(
-        q[:, :, -1].unflatten(1, (2, 2)), (k, v), (none, none), (none, none), (index_q[:, :, -1], index_k),
+        q[:, :, -1].unflatten(1, (2, 2)), k, v, none, none, none, none, index_q[:, :, -1], index_k,
         kv_rows=(0, 1), head_units=(0, 0, 1, 1), slots=tokens, sinks=sinks, **shape,
     )  # fmt: skip
     errors = [(prefill - want).abs().max(), (decode.flatten(1, 2) - want[:, :, -1]).abs().max()]

@@ -8,6 +8,8 @@ U index units, S query heads per unit, d index dimension.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,14 @@ from .reference import gather_slots, keep_mask, near_slots, visible_slots
 
 def decode_attention(
     q: Tensor,
-    full: tuple[Tensor, Tensor],
-    local: tuple[Tensor, Tensor],
-    sink: tuple[Tensor, Tensor],
-    index: tuple[Tensor, Tensor] | None,
+    full_k: Tensor,
+    full_v: Tensor,
+    local_k: Tensor,
+    local_v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
     *,
     kv_rows: tuple[int, ...],
     head_units: tuple[int, ...],
@@ -35,11 +41,11 @@ def decode_attention(
 
     Args:
         q: [B, Hkv, G, D], the query heads of every KV head.
-        full: keys and values [B, F, N, D] of full KV heads.
-        local: keys and values [B, Hkv - F, L, D] of the others, the last L slots.
-        sink: keys and values [B, Hkv - F, s, D] of the others, at slots `sinks` [B or 1, s] (-1: none).
-        index: queries [B, U, d] and keys [B, U, N, d]; None: retrieval heads are dense.
-        kv_rows: KV head of every row of `full`, then of `local`.
+        full_k, full_v: [B, F, N, D], full KV heads.
+        local_k, local_v: [B, Hkv - F, L, D], the last L slots of the others.
+        sink_k, sink_v: [B, Hkv - F, s, D], the others at slots `sinks` [B or 1, s] (-1: none).
+        index_q, index_k: [B, U, d] and [B, U, N, d]; None: retrieval heads are dense.
+        kv_rows: KV head of every row of full_k, then of local_k.
         head_units: index unit of every query head, -1 for local ones; without an index any number stands for retrieval.
         slots: N.
         real: [B, N] bool, False for padding; None when nothing is padded.
@@ -51,39 +57,39 @@ def decode_attention(
         from . import decode_kernels
 
         return decode_kernels.decode_attention(
-            q, full, local, sink, index, kv_rows=kv_rows, head_units=head_units, slots=slots, sinks=sinks,
-            window_tokens=window_tokens, top_p=top_p, scaling=scaling, real=real,
+            q, full_k, full_v, local_k, local_v, sink_k, sink_v, index_q, index_k, kv_rows=kv_rows, head_units=head_units,
+            slots=slots, sinks=sinks, window_tokens=window_tokens, top_p=top_p, scaling=scaling, real=real,
         )  # fmt: skip
     out = torch.empty_like(q)
-    group, full_rows = q.shape[2], full[0].shape[1]
-    first_slot = max(0, slots - window_tokens)
-    near = {"first_slot": first_slot, "sinks": sinks, "scaling": scaling, "real": real}
+    group, full_rows = q.shape[2], full_k.shape[1]
+    first = max(0, slots - window_tokens)
+    window = partial(decode_window, first_slot=first, sinks=sinks, scaling=scaling, real=real)
     if kv_rows[full_rows:]:
         heads = list(kv_rows[full_rows:])
-        recent = (x[:, :, first_slot - (slots - x.shape[2]) :] for x in local)
-        out[:, heads] = decode_window(q[:, heads], *recent, *sink, **near)
-    units: dict[int, list[tuple[int, int]]] = {}  # unit -> its query heads as (row, place in the group)
+        skip = first - (slots - local_k.shape[2])
+        out[:, heads] = window(q[:, heads], local_k[:, :, skip:], local_v[:, :, skip:], sink_k, sink_v)
+    members: dict[int, list[tuple[int, int]]] = {}  # unit -> its query heads as (row, place in the group)
     for row, head in enumerate(kv_rows[:full_rows]):
         mine = head_units[head * group : (head + 1) * group]
         for place, unit in enumerate(mine):
             if unit >= 0:
-                units.setdefault(unit, []).append((row, place))
+                members.setdefault(unit, []).append((row, place))
         if -1 in mine:
             places = [place for place, unit in enumerate(mine) if unit == -1]
-            k, v = (x[:, row : row + 1] for x in full)
-            its = (k[:, :, first_slot:], v[:, :, first_slot:], *(gather_slots(x, sinks) for x in (k, v)))
-            out[:, head, places] = decode_window(q[:, [head]][:, :, places], *its, **near)[:, 0]
-    if units:
-        rows = [units[u][0][0] for u in sorted(units)]
-        heads = torch.tensor([[kv_rows[row]] * len(units[u]) for u, row in zip(sorted(units), rows, strict=True)])
-        places = torch.tensor([[place for _, place in units[u]] for u in sorted(units)])
-        index_q, index_k = index if index is not None else (None, None)
-        out[:, heads, places] = decode_retrieval(
-            q[:, heads, places],
-            *full,
+            k, v = (x[:, row : row + 1] for x in (full_k, full_v))
+            recent, old = [x[:, :, first:] for x in (k, v)], [gather_slots(x, sinks) for x in (k, v)]
+            out[:, head, places] = window(q[:, head, places][:, None], *recent, *old)[:, 0]
+    if members:
+        units = [members[u] for u in sorted(members)]
+        rows_of = [[kv_rows[row] for row, _ in unit] for unit in units]
+        where = (slice(None), torch.tensor(rows_of), torch.tensor([[place for _, place in unit] for unit in units]))
+        out[where] = decode_retrieval(
+            q[where],
+            full_k,
+            full_v,
             None if index_q is None else index_q[:, :, None],
             index_k,
-            kv_heads=rows,
+            kv_heads=[u[0][0] for u in units],
             sinks=sinks,
             window_tokens=window_tokens,
             top_p=top_p,

@@ -333,10 +333,14 @@ def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
 
 def decode_attention(
     q: Tensor,
-    full: tuple[Tensor, Tensor],
-    local: tuple[Tensor, Tensor],
-    sink: tuple[Tensor, Tensor],
-    index: tuple[Tensor, Tensor] | None,
+    full_k: Tensor,
+    full_v: Tensor,
+    local_k: Tensor,
+    local_v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
     *,
     kv_rows: tuple[int, ...],
     head_units: tuple[int, ...],
@@ -358,31 +362,28 @@ def decode_attention(
             sinks lie in their pages (`sink` is not read). Pages of local rows outside window and sinks are never read.
     """
     batch, rows, group, dim = q.shape
-    (k, v), (lk, lv), (sk, sv) = full, local, sink
-    full_rows = k.shape[2 if block_tables else 1]
     device = q.device
-    page = 0
-    tables: tuple[Tensor, Tensor] = (sinks, sinks)
+    page, tables = 0, (sinks, sinks)
     if block_tables is not None:
-        page, tables = (k if full_rows else lk).shape[1], block_tables
+        page, tables = (full_k if full_k.numel() else local_k).shape[1], block_tables
         if tables[0].shape != tables[1].shape:
             raise ValueError(f"Block tables must have one shape, got {tuple(tables[0].shape)}, {tuple(tables[1].shape)}.")
-    elif lengths is not None and full_rows < rows:
+    full_rows = full_k.shape[2 if page else 1]
+    if lengths is not None and full_rows < rows and not page:
         raise ValueError("Sequences of different lengths need local keys in pages; pass block_tables.")
-    for name, x in (("k", k), ("v", v), ("local k", lk), ("local v", lv)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"The head dimension of {name} must be contiguous, got strides {x.stride()}.")
-    for a, b in ((k, v), (lk, lv)):
-        if a.stride() != b.stride():
-            raise ValueError(f"Keys and values must have the same strides, got {a.stride()} and {b.stride()}.")
+    for k, v in ((full_k, full_v), (local_k, local_v)):
+        if k.stride() != v.stride() or k.stride(-1) != 1:
+            raise ValueError(
+                f"Keys and values need one layout with a contiguous head dimension, got strides {k.stride()}, {v.stride()}."
+            )
     roles = _roles(kv_rows, full_rows, head_units, device)
     units = max(head_units) + 1
     far_tokens = max(0, slots - window_tokens) if full_rows else 0
-    select = index is not None and top_p < 1.0 and far_tokens > 0
+    select = index_k is not None and top_p < 1.0 and far_tokens > 0
     bins = least = roles.heads
     if select:
-        assert index is not None
-        index_q, index_k = index
+        assert index_q is not None
+        assert index_k is not None
         bins, least = thresholds(index_q, index_k, top_p=top_p, real=real, lengths=lengths)
     near = -(-min(window_tokens, slots) // NEAR_TOKENS)
     most = max(1, (PROGRAMS - rows * near) // max(1, batch * full_rows)) if far_tokens else 1
@@ -391,16 +392,15 @@ def decode_attention(
     acc = torch.empty(batch, rows, near + far, group, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch, rows, near + far, group, 2, dtype=torch.float32, device=device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    strides = [(x.stride(0), x.stride(1), x.stride(2)) for x in (k, lk)]
-    if page:  # [pages, page, rows, D]
-        strides = [(0, x.stride(2), x.stride(1)) for x in (k, lk)]
+    both = (full_k, local_k)
+    strides = [(0, x.stride(2), x.stride(1)) if page else x.stride()[:3] for x in both]
     with _on(q):
         _attend[(rows * near + full_rows * far, batch)](
-            q.contiguous(), k, v, lk, lv, sk.contiguous(), sv.contiguous(), sinks, bins, least, chosen, roles.heads,
-            roles.row_units, roles.head_units, sinks if lengths is None else lengths, _flags(real, slots, sinks), *tables,
-            acc, ml, _counters(device, batch * rows), out,
-            rows, full_rows, units, slots, slots - lk.shape[2] if not page else 0, window_tokens, near, far, span,
-            sinks.shape[1], tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], k.stride(0), lk.stride(0),
+            q.contiguous(), full_k, full_v, local_k, local_v, sink_k.contiguous(), sink_v.contiguous(), sinks, bins, least,
+            chosen, roles.heads, roles.row_units, roles.head_units, sinks if lengths is None else lengths,
+            _flags(real, slots, sinks), *tables, acc, ml, _counters(device, batch * rows), out,
+            rows, full_rows, units, slots, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
+            tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
             D=dim, G=group, GROUP=max(LEAST_DOT, triton.next_power_of_2(group)),
             S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=roles.row_units.shape[1] if full_rows else 1,
             NEAR=NEAR_TOKENS, FAR=FAR_TILE, T=KEY_TILE, PAGE=page, SELECT=select, PADDED=real is not None,
