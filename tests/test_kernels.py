@@ -206,7 +206,14 @@ def test_gradients(select, padding):
 def splits(request, monkeypatch):
     """Tiles so small that short keys make many splits, or tiles as they are."""
     if request.param == "many splits":
-        for name, value in {"SCORE_TILE": 16, "FAR_TILE": 16, "NEAR_TOKENS": 16, "KEY_TILE": 16, "PROGRAMS": 30}.items():
+        for name, value in {
+            "SCORE_TILE": 16,
+            "FAR_TILE": 16,
+            "NEAR_TOKENS": 16,
+            "KEY_TILE": 16,
+            "PARTS": 4,
+            "PROGRAMS": 30,
+        }.items():
             monkeypatch.setattr(decode_kernels, name, value)
 
 
@@ -352,12 +359,11 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
     decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
               "PADDED": True, "RAGGED": True}
-    sizes.append(compiled("_score", capability, D=16, TILE=decode_kernels.SCORE_TILE, SPLITS=64, **decode))
+    sizes.append(compiled("_score", capability, D=16, TILE=decode_kernels.SCORE_TILE, PARTS=decode_kernels.PARTS, **decode))
+    decode |= {"NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE, "T": decode_kernels.KEY_TILE,
+               "PARTS": decode_kernels.PARTS, "SELECT": True, "ONE_ROW": True}
     for page, units in ((0, 1), (0, 3), (16, 2)):
-        sizes.append(compiled(
-            "_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, NEAR=decode_kernels.NEAR_TOKENS,
-            FAR=decode_kernels.FAR_TILE, T=decode_kernels.KEY_TILE, PAGE=page, SELECT=True, ONE_ROW=True, **decode,
-        ))
+        sizes.append(compiled("_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, PAGE=page, **decode))
 print(json.dumps(sizes))
 """
 

@@ -31,21 +31,23 @@ UNSEEN = -32768
 """Grid score of a slot that the query does not see."""
 SCORE_TILE = 1024
 """Tokens whose index keys one program loads at once."""
-FAR_TILE = 2048
+FAR_TILE = 4096
 """Tokens whose selection one program compacts at once."""
 NEAR_TOKENS = 256
 """Tokens of the window a program attends to: all of them are read, so few enough to fill a GPU."""
 KEY_TILE = 64
 """Tokens of one tile product."""
-PROGRAMS = 1056
-"""Programs that a launch is cut into, if there is work for so many: eight for each of an H100's 132 multiprocessors."""
+PARTS = 16
+"""Results of splits that one program combines, in two rounds: at most PARTS * PARTS splits of a row."""
+PROGRAMS = 528
+"""Programs that a launch is cut into, if there is work for so many: four for each of an H100's 132 multiprocessors."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "splits"])
 def _score(
     p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
-    units, slots, span, splits, top_p, s_kb, s_ku, s_kn,
-    D: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    units, slots, width, span, splits, top_p, s_kb, s_ku, s_kn,
+    D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Grid scores of `span` tokens of one unit, and their histogram; the last one to finish finds the unit's threshold."""
@@ -71,13 +73,13 @@ def _score(
             b_real = tl.load(p_real + batch * slots + o_k, mask=m_k, other=0)
             m_seen = m_k & ((b_real != 0) | (o_k == length - 1))
         bins = tl.where(m_seen, bins, LOWEST)
-        tl.store(p_bins + row * slots + o_k, bins.to(tl.int16), mask=m_k)
+        tl.store(p_bins + row * width + o_k, bins.to(tl.int16))  # unmasked, so in whole vectors: rows are wide enough
         top = tl.maximum(top, tl.max(bins, 0))
     tl.debug_barrier()
     counts = tl.zeros([STEPS], tl.int32)
     for start in range(begin, stop, TILE):
         o_k = start + tl.arange(0, TILE)
-        bins = tl.load(p_bins + row * slots + o_k, mask=o_k < stop, other=LOWEST).to(tl.int32)
+        bins = tl.load(p_bins + row * width + o_k).to(tl.int32)
         below = top - bins
         counts += tl.histogram(below, STEPS, mask=(bins > LOWEST) & (below < STEPS))
     o_s = tl.arange(0, STEPS)
@@ -85,15 +87,19 @@ def _score(
     tl.store(p_tops + row * splits + split, top)
     tl.debug_barrier()
     if tl.atomic_add(p_arrived + row, 1) == splits - 1:
-        o_p = tl.arange(0, SPLITS)
-        tops = tl.load(p_tops + row * splits + o_p, mask=o_p < splits, other=LOWEST, cache_modifier=".cg")
-        best = tl.max(tops, 0)
+        o_p = tl.arange(0, PARTS)
+        best = tl.full([], LOWEST, tl.int32)
+        for first in range(0, splits, PARTS):
+            m_p = first + o_p < splits
+            tops = tl.load(p_tops + row * splits + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
+            best = tl.maximum(best, tl.max(tops, 0))
         merged = tl.zeros([STEPS], tl.int32)
-        for part in range(splits):
-            place = o_s - (best - tl.load(p_tops + row * splits + part, cache_modifier=".cg"))
-            merged += tl.load(
-                p_counts + (row * splits + part) * STEPS + place, mask=place >= 0, other=0, cache_modifier=".cg"
-            )
+        for first in range(0, splits, PARTS):
+            m_p = first + o_p < splits
+            tops = tl.load(p_tops + row * splits + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
+            place = o_s[None, :] - (best - tops)[:, None]
+            p_part = p_counts + (row * splits + first + o_p)[:, None] * STEPS + place
+            merged += tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
         mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
         short = (tl.cumsum(mass, 0) < top_p * tl.sum(mass, 0)).to(tl.int32)
         tl.store(p_least + row, best - tl.maximum(tl.sum(short, 0), 1))
@@ -122,18 +128,49 @@ def _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
 
 
 @triton.jit
+def _store_part(p_ml, p_acc, part, peak, total, acc, o_g, o_d, m_g, G: tl.constexpr, D: tl.constexpr):
+    """Write one unnormalised result: base-2 peak, total and sum of values of every head."""
+    o_part = part * G + o_g
+    tl.store(p_ml + o_part * 2, peak, mask=m_g)
+    tl.store(p_ml + o_part * 2 + 1, total, mask=m_g)
+    tl.store(p_acc + o_part[:, None] * D + o_d, acc, mask=m_g[:, None] & (peak > float("-inf"))[:, None])
+
+
+@triton.jit
+def _combined(p_ml, p_acc, first, count, o_g, o_d, m_g, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
+    """Sum of `count` results that other programs wrote, past the L1 cache."""
+    peak = tl.full([GROUP], float("-inf"), tl.float32)
+    for part in range(count):
+        its = tl.load(p_ml + ((first + part) * G + o_g) * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
+        peak = tl.maximum(peak, its)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([GROUP], tl.float32)
+    acc = tl.zeros([GROUP, D], tl.float32)
+    for part in range(count):
+        o_part = (first + part) * G + o_g
+        its = tl.load(p_ml + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
+        m_its = its > float("-inf")
+        share = tl.exp2(its - base)
+        total += share * tl.load(p_ml + o_part * 2 + 1, mask=m_its, other=0.0, cache_modifier=".cg")
+        acc += share[:, None] * tl.load(
+            p_acc + o_part[:, None] * D + o_d, mask=m_its[:, None], other=0.0, cache_modifier=".cg"
+        )
+    return peak, total, acc
+
+
+@triton.jit(do_not_specialize=["slots", "first_slot", "near", "far"])
 def _attend(
     p_q, p_k, p_v, p_lk, p_lv, p_sk, p_sv, p_sinks, p_bins, p_least, p_list, p_heads, p_row_units, p_head_units,
     p_lengths, p_real, p_table, p_local_table, p_acc, p_ml, p_arrived, p_out,
-    rows, full_rows, units, slots, first_slot, window, near, far, span, sink_count, table_width, scale,
+    rows, full_rows, units, slots, width, first_slot, window, near, far, span, sink_count, table_width, scale,
     s_kb, s_kh, s_kn, s_lb, s_lh, s_ln, s_page, s_local_page,
     D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
-    NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PAGE: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr,
     SELECT: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ONE_ROW: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """One split of one row (KV head) for all its query heads; the last one to finish combines the row's splits."""
     pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    is_near = pid < rows * near
+    is_near, is_far = pid < rows * near, pid >= rows * near
     beyond = pid - rows * near
     row = tl.where(is_near, pid // near, beyond // tl.maximum(far, 1)).to(tl.int64)
     split = tl.where(is_near, pid % near, near + beyond % tl.maximum(far, 1))
@@ -160,42 +197,33 @@ def _attend(
     acc = tl.zeros([GROUP, D], tl.float32)
     o_sink = tl.arange(0, S)
     p_sinks += tl.where(ONE_ROW, 0, batch * sink_count)
-    if is_near:
-        start = edge + split * NEAR
-        stop = tl.minimum(start + NEAR, length)
-        if split == 0:
-            b_sinks = tl.load(p_sinks + o_sink, mask=o_sink < sink_count, other=-1)
-            m_old = (b_sinks >= 0) & (b_sinks < edge)
-            if is_full | (PAGE > 0):
-                o_n = _slot_offset(tl.maximum(b_sinks, 0), p_pages, 0, s_pg, s_n, PAGE)
-                b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
-                b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
-            else:
-                o_n = ((batch * (rows - full_rows) + row - full_rows) * sink_count + o_sink) * D
-                b_k = tl.load(p_sk + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
-                b_v = tl.load(p_sv + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
-            peak, total, acc = _add_tile(b_q, b_k, b_v, m_old[None, :] & m_g[:, None], peak, total, acc, scale)
-        for begin in range(start, stop, T):
-            o_k = begin + o_t
-            m_k = o_k < stop
-            o_n = _slot_offset(tl.where(m_k, o_k, start), p_pages, origin, s_pg, s_n, PAGE)
-            b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
-            b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
-            if PADDED:
-                m_k = m_k & ((tl.load(p_real + batch * slots + o_k, mask=m_k, other=0) != 0) | (o_k == length - 1))
-            peak, total, acc = _add_tile(b_q, b_k, b_v, m_k[None, :] & m_g[:, None], peak, total, acc, scale)
-    else:
-        start = (split - near) * span
-        stop = tl.minimum(start + span, edge)
-        b_unit = tl.load(p_head_units + row * G + o_g, mask=m_g, other=-1).to(tl.int64)
-        m_retrieves = b_unit >= 0
-        p_unit = p_bins + (batch * units + tl.maximum(b_unit, 0)) * slots
-        b_least = b_unit
-        if SELECT:
-            b_least = tl.load(p_least + batch * units + b_unit, mask=m_retrieves, other=0)
-        p_chosen = p_list + (batch * full_rows + row) * slots
-        for begin in range(start, stop, FAR):
-            o_c = begin + tl.arange(0, FAR)
+    b_unit = tl.load(p_head_units + row * G + o_g, mask=o_g < tl.where(is_full, G, 0), other=-1).to(tl.int64)
+    m_retrieves = b_unit >= 0
+    m_here = m_g & (b_unit >= tl.where(is_near, -1, 0))
+    p_unit = p_bins + (batch * units + tl.maximum(b_unit, 0)) * width
+    b_least = b_unit
+    if SELECT:
+        b_least = tl.load(p_least + batch * units + b_unit, mask=m_retrieves, other=0)
+    p_chosen = p_list + (batch * full_rows + row) * width
+    if is_near & (split == 0):
+        b_sinks = tl.load(p_sinks + o_sink, mask=o_sink < sink_count, other=-1)
+        m_old = (b_sinks >= 0) & (b_sinks < edge)
+        if is_full | (PAGE > 0):
+            o_n = _slot_offset(tl.maximum(b_sinks, 0), p_pages, 0, s_pg, s_n, PAGE)
+            b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+            b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+        else:
+            o_n = ((batch * (rows - full_rows) + row - full_rows) * sink_count + o_sink) * D
+            b_k = tl.load(p_sk + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+            b_v = tl.load(p_sv + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
+        peak, total, acc = _add_tile(b_q, b_k, b_v, m_old[None, :] & m_g[:, None], peak, total, acc, scale)
+    start = tl.where(is_near, edge + split * NEAR, (split - near) * span)
+    stop = tl.where(is_near, tl.minimum(start + NEAR, length), tl.minimum(start + span, edge))
+    for round in range(0, stop - start, FAR):
+        begin = start + round
+        count = tl.minimum(stop - begin, FAR)
+        if is_far:
+            o_c = (split - near) * span + round + tl.arange(0, FAR)  # begin, in a form that is seen to be aligned
             m_c = o_c < stop
             m_any = m_c
             if SELECT:
@@ -204,8 +232,8 @@ def _attend(
                     unit = tl.load(p_row_units + row * R + r).to(tl.int64)
                     if unit >= 0:
                         least = tl.load(p_least + batch * units + unit)
-                        bins = tl.load(p_bins + (batch * units + unit) * slots + o_c, mask=m_c, other=LOWEST).to(tl.int32)
-                        m_any = m_any | ((bins >= least) & (bins > LOWEST))
+                        bins = tl.load(p_bins + (batch * units + unit) * width + o_c).to(tl.int32)
+                        m_any = m_any | (m_c & (bins >= least) & (bins > LOWEST))
             elif PADDED:
                 m_any = m_any & (tl.load(p_real + batch * slots + o_c, mask=m_c, other=0) != 0)
             for i in range(sink_count):  # the first near split has them
@@ -214,44 +242,42 @@ def _attend(
             count = tl.sum(chosen, 0)
             tl.store(p_chosen + begin + tl.cumsum(chosen, 0) - 1, o_c, mask=m_any)
             tl.debug_barrier()
-            for first in range(0, count, T):
-                m_k = first + o_t < count
-                o_k = tl.load(p_chosen + begin + first + o_t, mask=m_k, other=begin)
-                o_n = _slot_offset(o_k, p_pages, 0, s_pg, s_n, PAGE)
-                b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
-                b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
-                m_tile = m_k[None, :] & m_retrieves[:, None]
-                if SELECT and R > 1:  # a row of several units: each head takes its own unit's tokens
-                    bins = tl.load(p_unit[:, None] + o_k[None, :], mask=m_tile, other=LOWEST).to(tl.int32)
-                    m_tile = m_tile & (bins >= b_least[:, None])
-                peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
-    most = near + far
-    place = (batch * rows + row) * most
-    o_part = (place + split) * G + o_g
-    tl.store(p_ml + o_part * 2, peak, mask=m_g)
-    tl.store(p_ml + o_part * 2 + 1, total, mask=m_g)
-    tl.store(p_acc + o_part[:, None] * D + o_d, acc, mask=m_g[:, None] & (peak > float("-inf"))[:, None])
+        for first in range(0, count, T):
+            o_i = first + o_t
+            m_k, m_near, m_far = o_i < count, o_i < tl.where(is_near, count, 0), o_i < tl.where(is_near, 0, count)
+            o_k = tl.load(p_chosen + begin + o_i, mask=m_far, other=0)
+            o_k = tl.where(m_near, begin + o_i, tl.where(m_far, o_k, start))
+            o_n = _slot_offset(o_k, p_pages, origin, s_pg, s_n, PAGE)
+            b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+            b_v = tl.load(p_values + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
+            if PADDED:
+                b_real = tl.load(p_real + batch * slots + o_k, mask=m_near, other=1)
+                m_k = m_k & ((b_real != 0) | (o_k == length - 1))
+            m_tile = m_k[None, :] & m_here[:, None]
+            if SELECT and R > 1:  # a row of several units: each head takes its own unit's tokens
+                m_look = m_tile & m_far[None, :]
+                bins = tl.load(p_unit[:, None] + o_k[None, :], mask=m_look, other=LOWEST).to(tl.int32)
+                m_tile = m_tile & (m_near[None, :] | (bins >= b_least[:, None]))
+            peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
+    parts = tl.where(is_full, near + far, near)
+    sets = (parts + PARTS - 1) // PARTS
+    mine = split // PARTS
+    place = (batch * rows + row) * (near + far + PARTS)  # splits, then sets of them
+    _store_part(p_ml, p_acc, place + split, peak, total, acc, o_g, o_d, m_g, G, D)
     tl.debug_barrier()
-    parts = tl.where(is_full, most, near)
-    if tl.atomic_add(p_arrived + batch * rows + row, 1) == parts - 1:
-        peak = tl.full([GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP], tl.float32)
-        acc = tl.zeros([GROUP, D], tl.float32)
-        for part in range(parts):
-            o_part = (place + part) * G + o_g
-            its = tl.load(p_ml + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
-            m_its = its > float("-inf")
-            higher = tl.maximum(peak, its)
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            keep, share = tl.exp2(peak - base), tl.exp2(its - base)
-            total = total * keep + share * tl.load(p_ml + o_part * 2 + 1, mask=m_its, other=0.0, cache_modifier=".cg")
-            b_acc = tl.load(p_acc + o_part[:, None] * D + o_d, mask=m_its[:, None], other=0.0, cache_modifier=".cg")
-            acc = acc * keep[:, None] + share[:, None] * b_acc
-            peak = higher
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-        p_there = p_out + (batch * rows + head) * G * D + o_g[:, None] * D + o_d
-        tl.store(p_there, acc.to(p_out.dtype.element_ty), mask=m_g[:, None])
-        tl.store(p_arrived + batch * rows + row, 0)
+    p_count = p_arrived + (batch * rows + row) * (PARTS + 1)
+    its = tl.minimum(parts - mine * PARTS, PARTS)
+    if tl.atomic_add(p_count + 1 + mine, 1) == its - 1:
+        peak, total, acc = _combined(p_ml, p_acc, place + mine * PARTS, its, o_g, o_d, m_g, G, D, GROUP)
+        tl.store(p_count + 1 + mine, 0)
+        _store_part(p_ml, p_acc, place + near + far + mine, peak, total, acc, o_g, o_d, m_g, G, D)
+        tl.debug_barrier()
+        if tl.atomic_add(p_count, 1) == sets - 1:
+            peak, total, acc = _combined(p_ml, p_acc, place + near + far, sets, o_g, o_d, m_g, G, D, GROUP)
+            tl.store(p_count, 0)
+            acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+            p_there = p_out + (batch * rows + head) * G * D + o_g[:, None] * D + o_d
+            tl.store(p_there, acc.to(p_out.dtype.element_ty), mask=m_g[:, None])
 
 
 @dataclass(frozen=True)
@@ -297,6 +323,11 @@ def _cut(length: int, tile: int, most: int) -> tuple[int, int]:
     return span * tile, -(-tiles // span)
 
 
+def _width(slots: int) -> int:
+    """Length of a row of grid scores or chosen slots: whole tiles of either kernel."""
+    return triton.cdiv(slots, max(SCORE_TILE, FAR_TILE)) * max(SCORE_TILE, FAR_TILE)
+
+
 def thresholds(
     index_q: Tensor, index_k: Tensor, *, top_p: float, real: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -313,18 +344,19 @@ def thresholds(
     batch, units, slots, dim = index_k.shape
     device = index_q.device
     span, splits = _cut(slots, SCORE_TILE, max(1, PROGRAMS // (batch * units)))
-    bins = torch.empty(batch, units, slots, dtype=torch.int16, device=device)
+    width = _width(slots)
+    bins = torch.empty(batch, units, width, dtype=torch.int16, device=device)
     counts = torch.empty(batch, units, splits, GRID_STEPS, dtype=torch.int32, device=device)
     tops = torch.empty(batch, units, splits, dtype=torch.int32, device=device)
     least = torch.empty(batch, units, dtype=torch.int32, device=device)
     with _on(index_q):
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
-            tops, _counters(device, batch * units), least, units, slots, span, splits, top_p, *index_k.stride()[:3],
-            D=dim, TILE=SCORE_TILE, SPLITS=triton.next_power_of_2(splits), STEP=STEP_NATS, STEPS=GRID_STEPS,
+            tops, _counters(device, batch * units), least, units, slots, width, span, splits, top_p, *index_k.stride()[:3],
+            D=dim, TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
             PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=4,
         )  # fmt: skip
-    return bins, least
+    return bins[..., :slots], least
 
 
 def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
@@ -385,12 +417,16 @@ def decode_attention(
         assert index_q is not None
         assert index_k is not None
         bins, least = thresholds(index_q, index_k, top_p=top_p, real=real, lengths=lengths)
-    near = -(-min(window_tokens, slots) // NEAR_TOKENS)
-    most = max(1, (PROGRAMS - rows * near) // max(1, batch * full_rows)) if far_tokens else 1
-    span, far = _cut(far_tokens, FAR_TILE, max(most, 16)) if far_tokens else (FAR_TILE, 0)
-    chosen = torch.empty(batch, full_rows, slots if far else 0, dtype=torch.int32, device=device)
-    acc = torch.empty(batch, rows, near + far, group, dim, dtype=torch.float32, device=device)
-    ml = torch.empty(batch, rows, near + far, group, 2, dtype=torch.float32, device=device)
+    near_tokens = max(NEAR_TOKENS, triton.next_power_of_2(-(-min(window_tokens, slots) * 2 // PARTS**2)))
+    near = -(-min(window_tokens, slots) // near_tokens)
+    span, far = FAR_TILE, 0
+    if far_tokens:
+        wanted = (PROGRAMS - rows * near) // max(1, batch * full_rows)
+        span, far = _cut(far_tokens, FAR_TILE, min(max(wanted, PARTS), PARTS**2 - near))
+    width = _width(slots)
+    chosen = torch.empty(batch, full_rows, width if far else 0, dtype=torch.int32, device=device)
+    acc = torch.empty(batch, rows, near + far + PARTS, group, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(batch, rows, near + far + PARTS, group, 2, dtype=torch.float32, device=device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     both = (full_k, local_k)
     strides = [(0, x.stride(2), x.stride(1)) if page else x.stride()[:3] for x in both]
@@ -398,12 +434,13 @@ def decode_attention(
         _attend[(rows * near + full_rows * far, batch)](
             q.contiguous(), full_k, full_v, local_k, local_v, sink_k.contiguous(), sink_v.contiguous(), sinks, bins, least,
             chosen, roles.heads, roles.row_units, roles.head_units, sinks if lengths is None else lengths,
-            _flags(real, slots, sinks), *tables, acc, ml, _counters(device, batch * rows), out,
-            rows, full_rows, units, slots, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
+            _flags(real, slots, sinks), *tables, acc, ml,
+            _counters(device, batch * rows * (PARTS + 1)), out,
+            rows, full_rows, units, slots, width, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
             tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
             D=dim, G=group, GROUP=max(LEAST_DOT, triton.next_power_of_2(group)),
             S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=roles.row_units.shape[1] if full_rows else 1,
-            NEAR=NEAR_TOKENS, FAR=FAR_TILE, T=KEY_TILE, PAGE=page, SELECT=select, PADDED=real is not None,
+            NEAR=near_tokens, FAR=FAR_TILE, T=KEY_TILE, PARTS=PARTS, PAGE=page, SELECT=select, PADDED=real is not None,
             RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, num_warps=4,
         )  # fmt: skip
     return out
