@@ -238,6 +238,13 @@ def test_decode_thresholds(slots, padding, splits):
         assert ((got >= low) & (got <= high)).all()
 
 
+def test_decode_with_an_index_of_any_dimension():
+    index_q, index_k = torch.randn(1, 2, 11, device=DEVICE), torch.randn(1, 2, 70, 11, device=DEVICE)
+    bins, _ = decode_kernels.thresholds(index_q.to(DTYPE), index_k.to(DTYPE), top_p=0.9)
+    scores = (index_k.to(DTYPE).float() @ index_q.to(DTYPE).float()[..., None])[..., 0]
+    torch.testing.assert_close(bins.float(), torch.floor(scores / STEP_NATS), atol=1, rtol=0)
+
+
 def decode_keep(index_q, index_k, retrieval, unit_size, near, visible, real, top_p, query_heads):
     """[B, Hq, 1, N] what the kernel has to keep by its own thresholds."""
     keep = (near & visible).expand(index_k.shape[0], query_heads, -1, -1).clone()
@@ -359,9 +366,9 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
     decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
               "PADDED": True, "RAGGED": True}
-    sizes.append(compiled("_score", capability, D=16, TILE=decode_kernels.SCORE_TILE, PARTS=decode_kernels.PARTS, **decode))
-    decode |= {"NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE, "T": decode_kernels.KEY_TILE,
-               "PARTS": decode_kernels.PARTS, "SELECT": True, "ONE_ROW": True}
+    decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE,
+               "T": decode_kernels.KEY_TILE, "SELECT": True, "ONE_ROW": True}
+    sizes.append(compiled("_score", capability, d=16, D=16, TILE=decode_kernels.SCORE_TILE, **decode))
     for page, units in ((0, 1), (0, 3), (16, 2)):
         sizes.append(compiled("_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, PAGE=page, **decode))
 print(json.dumps(sizes))

@@ -47,7 +47,7 @@ PROGRAMS = 528
 def _score(
     p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
     units, slots, width, span, splits, top_p, s_kb, s_ku, s_kn,
-    D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Grid scores of `span` tokens of one unit, and their histogram; the last one to finish finds the unit's threshold."""
@@ -57,7 +57,7 @@ def _score(
     if RAGGED:
         length = tl.load(p_lengths + batch)
     o_d = tl.arange(0, D)
-    b_iq = tl.load(p_iq + row * D + o_d).to(tl.float32)
+    b_iq = tl.load(p_iq + row * d + o_d, mask=o_d < d, other=0.0).to(tl.float32)
     begin = split * span
     stop = tl.minimum(begin + span, length)
     p_keys = p_ik + batch * s_kb + unit * s_ku
@@ -65,7 +65,10 @@ def _score(
     for start in range(begin, stop, TILE):
         o_k = start + tl.arange(0, TILE)
         m_k = o_k < stop
-        b_ik = tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_k[:, None], other=0.0).to(tl.float32)
+        m_ik = m_k[:, None]
+        if d < D:
+            m_ik = m_ik & (o_d < d)[None, :]
+        b_ik = tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_ik, other=0.0).to(tl.float32)
         scores = tl.sum(b_ik * b_iq[None, :], 1)
         bins = tl.minimum(tl.maximum(tl.floor(scores / STEP), LOWEST + 1.0), -(LOWEST + 1.0)).to(tl.int32)
         m_seen = m_k
@@ -334,7 +337,7 @@ def thresholds(
     """Index scores of one query per sequence, in grid steps, and the least that is kept.
 
     Args:
-        index_q: [B, U, d]; index_k: [B, U, N, d], the last dimension contiguous; d a power of two.
+        index_q: [B, U, d]; index_k: [B, U, N, d], the last dimension contiguous.
         real: [B, N] bool, False for padding; the last slot always counts.
         lengths: [B] int32 slots in use of each sequence; None for all.
 
@@ -353,7 +356,7 @@ def thresholds(
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
             tops, _counters(device, batch * units), least, units, slots, width, span, splits, top_p, *index_k.stride()[:3],
-            D=dim, TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
+            d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
             PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=4,
         )  # fmt: skip
     return bins[..., :slots], least
