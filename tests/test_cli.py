@@ -257,6 +257,33 @@ def test_bench_sizes_that_cannot_be(converted, source, more, message):
     assert message in fails("bench", converted, "--sources", source, *more)
 
 
+def test_bench_of_a_layer(tmp_path):
+    sizes = ("--shape", "8/4/16", "--retrieval", 1, 6, "--window-tokens", 32, "--lengths-tokens", 200, "--batches", 2)
+    code, out, err = run("bench", *sizes, "--json", tmp_path / "layer.json")
+    assert code == 0, err
+    assert "one decode step of a layer" in out
+    result = json.loads((tmp_path / "layer.json").read_text())
+    assert [(row["mode"], row["batch"], row["slots"]) for row in result["rows"]] == [("heads", 2, 200), ("groups", 2, 200)]
+    assert result["attention"].startswith("torch (")
+    for row in result["rows"]:
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
+        assert row["sparse_cache_bytes"] < row["dense_cache_bytes"] == 2 * 2 * 4 * 200 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--shape", "32x4"], "such as 32/4/128"),
+        (["--shape", "6/4/16"], "a multiple of the KV heads"),
+        (["--shape", "4/2/16", "--retrieval", "9"], "heads below 4"),
+        (["--far-ratio", "2"], "far_ratio must be in [0, 1]"),
+        (["--lengths-tokens", "-3"], "lengths must be 1 or more"),
+    ],
+)
+def test_bench_of_a_layer_that_cannot_be(more, message):
+    assert message in fails("bench", *more)
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("more", "message"),

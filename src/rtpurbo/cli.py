@@ -409,25 +409,43 @@ class Doctor(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(OfArtifact):
-    """Measure prefill, decode and cache bytes of dense and sparse on this machine."""
+    """Measure speed and cache bytes on this machine, dense and sparse: an artefact's model, or one layer of any shape."""
 
-    artifact: tyro.conf.Positional[str]
-    """Directory or hub name of the artefact."""
-    lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
-    """Prompt lengths in tokens."""
+    artifact: tyro.conf.Positional[str | None] = None
+    """Directory or hub name of the artefact; none: one layer's decode step, see --shape."""
+    lengths_tokens: tuple[int, ...] = ()
+    """Lengths in tokens; default: 2048 4096 8192, for a layer 32768 131072 524288 1048576 (on a CPU 8192 32768)."""
     new_tokens: int = 16
-    """Tokens to decode at each length."""
+    """Tokens to decode at each length of a model."""
     sources: Sources = HELDOUT
     """Where the prompts come from."""
+    shape: str = "32/4/128"
+    """Query heads, KV heads and head dimension of the layer."""
+    retrieval: tuple[int, ...] = (2, 5, 8, 11, 29)
+    """Retrieval query heads of the layer, where each head selects for itself."""
+    window_tokens: int = 8192
+    """Window of the layer in tokens."""
+    far_ratio: float = 0.03
+    """Share of far tokens that a head of the layer selects; a whole group three times as many."""
+    batches: tuple[int, ...] = (1, 8)
+    """Batch sizes of the layer."""
 
     def run(self) -> Any:
         """Measure and print a line per length."""
+        result = self.of_layer() if self.artifact is None else self.of_model(self.artifact)
+        if self.output:
+            self.output.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def of_model(self, name: str) -> Any:
+        """Prefill, decode and cache of the artefact's model."""
         from .checkpoint import Artifact
         from .evals.speed import bench
 
-        artifact = Artifact.load(self.artifact)
+        artifact = Artifact.load(name)
         model, tokenizer = self.load_base(artifact)
-        result = bench(model, tokenizer, artifact, self.sources, self.lengths_tokens, self.new_tokens, self.seed)
+        lengths = self.lengths_tokens or (2048, 4096, 8192)
+        result = bench(model, tokenizer, artifact, self.sources, lengths, self.new_tokens, self.seed)
         _out(f"{result['device']}: decode tokens/s and cache bytes, dense (Transformers SDPA) | sparse")
         for row in result["rows"]:
             dense, sparse = row["dense"], row["sparse"]
@@ -436,8 +454,41 @@ class Bench(OfArtifact):
                 f"decode {dense['decode_tokens_per_second']:.1f} | {sparse['decode_tokens_per_second']:.1f} tokens/s   "
                 f"cache {dense['cache_bytes'] / 2**20:.1f} | {sparse['cache_bytes'] / 2**20:.1f} MiB"
             )
-        if self.output:
-            self.output.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def of_layer(self) -> Any:
+        """Decode step of one layer."""
+        import torch
+
+        from .evals.layer_speed import bench_layer, layer_shape
+        from .models import resolve_device, resolve_dtype
+
+        place = resolve_device(self.device)
+        device, dtype = torch.device(place), resolve_dtype(self.dtype, place)
+        shape = layer_shape(
+            self.shape, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio
+        )  # fmt: skip
+        short, long = (8192, 32768), (32768, 131072, 524288, 1048576)
+        result = bench_layer(
+            shape,
+            self.lengths_tokens or (long if device.type == "cuda" else short),
+            self.batches,
+            device=device,
+            dtype=dtype,
+        )
+        _out(
+            f"{result['device']}, {result['attention']}: one decode step of a layer, microseconds and cache, dense | sparse"
+        )
+        for row in result["rows"]:
+            head = f"{row['mode']:6s} batch {row['batch']:<3d} {row['slots']:8d}  "
+            if "refused" in row:
+                _out(f"{head}{row['refused']}")
+                continue
+            dense = f"{row['dense_seconds'] * 1e6:.0f} ({row['dense_backend']})" if "dense_seconds" in row else "refused"
+            _out(
+                f"{head}{dense} | {row['sparse_seconds'] * 1e6:.0f} us, {row.get('speedup', float('nan')):.2f} times   "
+                f"{row['dense_cache_bytes'] / 2**20:.1f} | {row['sparse_cache_bytes'] / 2**20:.1f} MiB"
+            )
         return result
 
 
