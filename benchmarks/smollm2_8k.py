@@ -175,6 +175,7 @@ def main() -> None:
                 learning_rate=args.learning_rate,
                 batch_size=args.batch_size,
                 length_tokens=args.length,
+                gradient_checkpointing=args.batch_size > 4,
             ),
             work=args.output / WORK_DIR,
         )
