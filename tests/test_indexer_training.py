@@ -357,10 +357,13 @@ def brute_force_measure(model, made, indexer, texts, queries: int) -> dict[tuple
                     near_mass = [sum(pair[i] for pair in pairs if not pair[0]) for i in (1, 2)]
                     kl = near_mass[0] * math.log(near_mass[0] / near_mass[1])
                     kl += sum(t * math.log(t / i) for away, t, i in pairs if away and t > 0)
+                    grid = (16 * scores).floor()
+                    below = grid.max() - grid
+                    weights = torch.where(below < 256, (-below / 16).exp(), 0.0)
                     steps = 1
-                    while steps <= 256 and index[scores >= scores.max() - steps / 16].sum() < sparse.top_p:
+                    while weights[below <= steps].sum() < sparse.top_p * weights.sum():
                         steps += 1
-                    limit = scores.max() - steps / 16 if steps <= 256 else -math.inf
+                    limit = (grid.max() - steps) / 16
                     mass = far = taken = 0.0
                     for slot in range(row + 1):
                         near = row - slot < sparse.window_tokens or slot < sparse.sink_tokens
