@@ -24,16 +24,17 @@ def exact_smallest_set(scores: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def selected(scores: Tensor, top_p: float) -> Tensor:
+def selected(scores: Tensor, top_p: float, min_probability: float = 0.0) -> Tensor:
     """[..., N] bool: of scores rounded down to 1/16 nat, nothing 16 nats or more below the best counting, the exact
     smallest set with all that tie with its last member, and whatever lies one step below the best."""
-    if top_p >= 1.0:
+    if top_p >= 1.0 and min_probability == 0.0:
         return scores.isfinite()
     grid = (scores.double() * 16).floor()
     best = grid.amax(-1, keepdim=True)
     counted = (grid / 16).masked_fill(best - grid >= 256, -torch.inf)
     last = grid.masked_fill(~exact_smallest_set(counted, top_p), torch.inf).amin(-1, keepdim=True)
-    return grid >= torch.minimum(last, best - 1)
+    probability = counted.softmax(-1)
+    return (grid >= torch.minimum(last, best - 1)) & ((probability >= min_probability) | (grid >= best - 1))
 
 
 def allowed(visible: Tensor, real: Tensor, heads, layer: int, config, query_heads: int) -> Tensor:

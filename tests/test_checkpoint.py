@@ -43,7 +43,7 @@ def test_config_file_is_readable_json(tmp_path):
     raw = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert list(raw) == ["format_version", "base_model", "sparse", "heads", "stages", "indexer"]
     assert raw["format_version"] == 1
-    assert raw["sparse"] == {"window_tokens": 12, "sink_tokens": 4, "index_dim": 8, "top_p": 0.7}
+    assert raw["sparse"] == {"window_tokens": 12, "sink_tokens": 4, "index_dim": 8, "top_p": 0.7, "min_probability": 0.0}
     assert raw["heads"]["retrieval"] == [[0, 1, 2], None, [5]]
 
 

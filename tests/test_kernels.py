@@ -86,8 +86,8 @@ def test_window(slots, queries, padding):
             close(got, (q, k, v), lambda q, k, v, allowed=allowed: plain(q, k, v, allowed, SCALING))
 
 
-def own_thresholds(index_q, index_k, real, top_p):
-    return kernels.top_p_thresholds(*(kernels._padded_index(x) for x in (index_q, index_k)), real, top_p)
+def own_thresholds(index_q, index_k, real, top_p, *least):
+    return kernels.top_p_thresholds(*(kernels._padded_index(x) for x in (index_q, index_k)), real, top_p, *least)
 
 
 def kept(index_q, index_k, near, visible, real, top_p):
@@ -110,6 +110,10 @@ def test_thresholds(slots, queries, padding):
         low, high = (top_p_threshold(scores, p)[..., 0] for p in (top_p + 1e-5, top_p - 1e-5))
         slack = 1e-4  # a sum that reaches p by a hair may round to either side
         assert ((got >= low - slack) & (got <= high + slack)).all()
+    for top_p, least in ((0.9, 0.05), (1.0, 0.01)):
+        got = own_thresholds(index_q, index_k, real, top_p, least)
+        low, high = (top_p_threshold(scores, top_p, x)[..., 0] for x in (least * (1 - 1e-5), least * (1 + 1e-5)))
+        assert ((got >= low - 1e-4) & (got <= high + 1e-4)).all()
 
 
 def test_mass_beyond_the_grid_does_not_count():
@@ -236,6 +240,11 @@ def test_decode_thresholds(slots, padding, splits):
         )
         got = least * STEP_NATS
         assert ((got >= low) & (got <= high)).all()
+    for top_p, floor in ((0.9, 0.05), (1.0, 0.01)):
+        bins, least = decode_kernels.thresholds(index_q[:, :, 0], index_k, top_p=top_p, min_probability=floor, real=real)
+        rounded = bins.float().where(seen, -torch.inf) * STEP_NATS
+        low, high = (top_p_threshold(rounded, top_p, x)[..., 0] for x in (floor * (1 - 1e-5), floor * (1 + 1e-5)))
+        assert ((least * STEP_NATS >= low) & (least * STEP_NATS <= high)).all()
 
 
 def test_decode_with_an_index_of_any_dimension():
@@ -350,14 +359,15 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = {}
     for argument in kernel.arg_names:
-        scalar = "fp32" if argument in ("top_p", "scale") else "i32"
+        scalar = "fp32" if argument in ("top_p", "min_probability", "scale") else "i32"
         pointer = types_of.get(argument, "*bf16") if argument.startswith("p_") else scalar
         types[argument] = "constexpr" if argument in constants else pointer
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     return len(binary.asm["cubin"])
 
-tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256}
+tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256,
+        "SEARCH": True}
 sizes = []
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
     for local, select in modes:

@@ -59,6 +59,20 @@ def test_same_set_as_the_sorted_definition(top_p):
         assert torch.equal(kept, selected(scores, top_p))
 
 
+@pytest.mark.parametrize("top_p", [0.6, 0.99, 1.0])
+@pytest.mark.parametrize("least", [1e-4, 1e-2, 0.3])
+def test_a_least_probability_cuts_the_set_short(top_p, least):
+    for seed in range(20):
+        scores = 2.5 * torch.randn(5, 200, generator=torch.Generator().manual_seed(seed))
+        kept = scores >= top_p_threshold(scores, top_p, least)
+        low, high = (selected(scores, top_p, least * x) for x in (1 + 1e-5, 1 - 1e-5))
+        assert (kept | ~low).all()
+        assert (high | ~kept).all()
+        best = torch.floor(scores / STEP_NATS).amax(-1, keepdim=True)
+        tied = (torch.floor(scores / STEP_NATS) >= best - 1).sum(-1)  # kept in any case
+        assert (kept.sum(-1) <= torch.maximum(tied, torch.tensor(1 / least + 1e-3))).all()
+
+
 def test_a_higher_p_keeps_more():
     scores = 3 * torch.randn(20, 150)
     previous = torch.zeros_like(scores, dtype=torch.bool)

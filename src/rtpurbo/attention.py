@@ -134,7 +134,7 @@ def sparse_forward(
         state.recorder(Observed(state.layer, q_pre, k_pre, q, k, v, self.scaling))  # type: ignore[arg-type]
 
     indexer: LayerIndexer | None = self._modules.get("rtpurbo_indexer")  # type: ignore[assignment]
-    selects = indexer is not None and state.config.top_p < 1.0
+    selects = indexer is not None and state.config.selects
     index_k = indexer.project_keys(k_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
 
     whole = cache if cache is not None else past_key_values
@@ -185,6 +185,7 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
                 sinks=kv.sinks,
                 window_tokens=window,
                 top_p=state.config.top_p,
+                min_probability=state.config.min_probability,
                 scaling=scaling,
                 real=real,
             )
@@ -239,6 +240,7 @@ def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState,
         sinks=kv.sinks,
         window_tokens=state.config.window_tokens,
         top_p=state.config.top_p,
+        min_probability=state.config.min_probability,
         scaling=scaling,
         real=real,
     )

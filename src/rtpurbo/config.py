@@ -51,12 +51,21 @@ class SparseConfig:
     """Dimensions of the learned index projection."""
     top_p: float = 0.9
     """Index attention mass that a retrieval head's selection must reach; 1.0 selects everything."""
+    min_probability: float = 0.0
+    """Tokens to which the index gives less of its mass than this are not selected, whatever p asks for; so no query selects
+    more than 1 / min_probability far tokens. 0 for no such limit."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
         _require(self.sink_tokens >= 0, "sink_tokens", "0 or more tokens", self.sink_tokens)
         _require(self.index_dim >= 1, "index_dim", "at least 1", self.index_dim)
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
+        _require(0.0 <= self.min_probability < 1.0, "min_probability", "in [0, 1)", self.min_probability)
+
+    @property
+    def selects(self) -> bool:
+        """Whether an index leaves anything out."""
+        return self.top_p < 1.0 or self.min_probability > 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -307,6 +307,7 @@ def train_indexer(
         sparse.top_p,
         sparse.window_tokens,
         sparse.sink_tokens,
+        min_probability=sparse.min_probability,
         mass_target=config.mass_target,
     )
     sparse = replace(sparse, top_p=metrics["top_p"])
@@ -331,6 +332,7 @@ def measure(
     window_tokens: int,
     sink_tokens: int,
     *,
+    min_probability: float = 0.0,
     queries: int = 128,
     mass_target: float | None = None,
 ) -> dict[str, Any]:
@@ -363,7 +365,7 @@ def measure(
             near = ~far  # later tokens too, which hold no attention
             kl, values = kl_divergence(target, scores, far=far), []
             for p in grid:
-                selected = scores >= top_p_threshold(scores, p)
+                selected = scores >= top_p_threshold(scores, p, min_probability)
                 mass = (target * (selected | near)).sum(-1).mean(-1)
                 chosen = (selected & far).sum(-1).float()
                 share = (chosen / far.sum(-1).clamp(min=1)).mean(-1)

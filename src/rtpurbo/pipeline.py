@@ -50,6 +50,8 @@ class SparseOptions:
     """Dimensions of the learned index projection."""
     top_p: float = 0.9
     """Index attention mass that a selection must reach, in (0, 1]; index training may choose it (mass-target)."""
+    min_probability: float = 0.0
+    """Tokens with less of the index mass than this are never selected, in [0, 1); 0: p alone decides."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded
@@ -62,6 +64,7 @@ class SparseOptions:
             sink_tokens=self.sink_tokens,
             index_dim=self.index_dim,
             top_p=self.top_p,
+            min_probability=self.min_probability,
         )
 
 

@@ -105,7 +105,14 @@ def evaluate(
             with switch("sparse") as ready:
                 sparse = artifact.config
                 result["index"] = measure(
-                    ready, artifact.indexer, texts, artifact.heads, sparse.top_p, sparse.window_tokens, sparse.sink_tokens
+                    ready,
+                    artifact.indexer,
+                    texts,
+                    artifact.heads,
+                    sparse.top_p,
+                    sparse.window_tokens,
+                    sparse.sink_tokens,
+                    min_probability=sparse.min_probability,
                 )
         if config.tasks:
             from .harness import run_tasks

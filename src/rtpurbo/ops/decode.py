@@ -36,6 +36,7 @@ def decode_attention(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
 ) -> Tensor:
     """Decode step of a layer, every head by its role (paper, sections 3.1 and 3.2).
 
@@ -59,6 +60,7 @@ def decode_attention(
         return decode_kernels.decode_attention(
             q, full_k, full_v, local_k, local_v, sink_k, sink_v, index_q, index_k, kv_rows=kv_rows, head_units=head_units,
             slots=slots, sinks=sinks, window_tokens=window_tokens, top_p=top_p, scaling=scaling, real=real,
+            min_probability=min_probability,
         )  # fmt: skip
     out = torch.empty_like(q)
     group, full_rows = q.shape[2], full_k.shape[1]
@@ -95,6 +97,7 @@ def decode_attention(
             top_p=top_p,
             scaling=scaling,
             real=real,
+            min_probability=min_probability,
         )
     return out
 
@@ -147,6 +150,7 @@ def decode_retrieval(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
 ) -> Tensor:
     """A retrieval unit's decode step: score all index keys, keep top-p with window and sinks, attend to those only.
 
@@ -161,7 +165,8 @@ def decode_retrieval(
     k_slots = torch.arange(slots, device=q.device)
     visible = visible_slots(k_slots[-1:], k_slots, real)
     near = near_slots(k_slots[-1:], k_slots, sinks, window_tokens)
-    keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p)[:, :, 0]
+    keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p, min_probability=min_probability)
+    keep = keep[:, :, 0]
     keep = keep.expand(q.shape[0], q.shape[1], -1)  # [B, U, N]
     place = keep.cumsum(-1) - 1
     most = int(place[..., -1].max()) + 1

@@ -46,7 +46,7 @@ PROGRAMS = 528
 @triton.jit(do_not_specialize=["slots", "splits"])
 def _score(
     p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
-    units, slots, width, span, splits, top_p, s_kb, s_ku, s_kn,
+    units, slots, width, span, splits, top_p, min_probability, s_kb, s_ku, s_kn,
     d: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +104,11 @@ def _score(
             p_part = p_counts + (row * splits + first + o_p)[:, None] * STEPS + place
             merged += tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
         mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
-        short = (tl.cumsum(mass, 0) < top_p * tl.sum(mass, 0)).to(tl.int32)
-        tl.store(p_least + row, best - tl.maximum(tl.sum(short, 0), 1))
+        total = tl.sum(mass, 0)
+        steps = tl.minimum(tl.sum((tl.cumsum(mass, 0) < top_p * total).to(tl.int32), 0), STEPS - 1)
+        if min_probability > 0:
+            steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * tl.maximum(total, 1.0)) / STEP).to(tl.int32))
+        tl.store(p_least + row, best - tl.maximum(steps, 1))
         tl.store(p_arrived + row, 0)
 
 
@@ -332,7 +335,13 @@ def _width(slots: int) -> int:
 
 
 def thresholds(
-    index_q: Tensor, index_k: Tensor, *, top_p: float, real: Tensor | None = None, lengths: Tensor | None = None
+    index_q: Tensor,
+    index_k: Tensor,
+    *,
+    top_p: float,
+    min_probability: float = 0.0,
+    real: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Index scores of one query per sequence, in grid steps, and the least that is kept.
 
@@ -355,7 +364,8 @@ def thresholds(
     with _on(index_q):
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
-            tops, _counters(device, batch * units), least, units, slots, width, span, splits, top_p, *index_k.stride()[:3],
+            tops, _counters(device, batch * units), least, units, slots, width, span, splits,
+            top_p if top_p < 1.0 else 2.0, min_probability, *index_k.stride()[:3],
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
             PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=4,
         )  # fmt: skip
@@ -385,6 +395,7 @@ def decode_attention(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
     lengths: Tensor | None = None,
     block_tables: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -414,12 +425,12 @@ def decode_attention(
     roles = _roles(kv_rows, full_rows, head_units, device)
     units = max(head_units) + 1
     far_tokens = max(0, slots - window_tokens) if full_rows else 0
-    select = index_k is not None and top_p < 1.0 and far_tokens > 0
+    select = index_k is not None and (top_p < 1.0 or min_probability > 0.0) and far_tokens > 0
     bins = least = roles.heads
     if select:
         assert index_q is not None
         assert index_k is not None
-        bins, least = thresholds(index_q, index_k, top_p=top_p, real=real, lengths=lengths)
+        bins, least = thresholds(index_q, index_k, top_p=top_p, min_probability=min_probability, real=real, lengths=lengths)
     near_tokens = max(NEAR_TOKENS, triton.next_power_of_2(-(-min(window_tokens, slots) * 2 // PARTS**2)))
     near = -(-min(window_tokens, slots) // near_tokens)
     span, far = FAR_TILE, 0

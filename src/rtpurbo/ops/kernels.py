@@ -104,8 +104,9 @@ def _grid_scores(
 
 @triton.jit
 def _thresholds(
-    p_iq, p_ik, p_real, p_least, queries, slots, units, top_p,
+    p_iq, p_ik, p_real, p_least, queries, slots, units, top_p, min_probability,
     d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    SEARCH: tl.constexpr,
 ):  # fmt: skip
     """`select.top_p_threshold` of M queries: one pass for the best score, then a search of the grid, four ways a pass."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -122,7 +123,14 @@ def _thresholds(
         )
     best = tl.where(best == float("-inf"), 0.0, best)
     steps = tl.zeros([M], tl.float32)
+    total = tl.zeros([M], tl.float32)
     width = STEPS // 4
+    if not SEARCH:
+        steps += STEPS - 1
+        width = 0
+        for start in range(0, stop, N):
+            below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
+            total += tl.sum(tl.where(below < STEPS, tl.exp(-STEP * below), 0.0), 1)
     while width > 0:
         first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
         total = tl.zeros([M], tl.float32)
@@ -138,6 +146,8 @@ def _thresholds(
         more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
         steps += width * more
         width = width // 4
+    if min_probability > 0:
+        steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * total) / STEP))
     least = (best - tl.maximum(steps, 1.0)) * STEP
     tl.store(p_least + row * queries + o_t, least, mask=m_q)
 
@@ -438,7 +448,9 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
 
 
-def top_p_thresholds(index_q: Tensor, index_k: Tensor, real: Tensor | None, top_p: float) -> Tensor:
+def top_p_thresholds(
+    index_q: Tensor, index_k: Tensor, real: Tensor | None, top_p: float, min_probability: float = 0.0
+) -> Tensor:
     """`select.top_p_threshold` of all queries without their scores in memory: [B, U, T, d], [B, U, N, d] -> [B, U, T]."""
     batch, units, queries, dim = index_q.shape
     slots = index_k.shape[2]
@@ -449,8 +461,8 @@ def top_p_thresholds(index_q: Tensor, index_k: Tensor, real: Tensor | None, top_
     flags = index_q if real is None else real[:, :slots].contiguous().view(torch.uint8)
     with _on(index_q):
         _thresholds[grid](
-            index_q, index_k, flags, least, queries, slots, units, top_p,
-            d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, **tile,
+            index_q, index_k, flags, least, queries, slots, units, top_p, min_probability,
+            d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, SEARCH=top_p < 1.0, **tile,
         )  # fmt: skip
     return least
 
@@ -474,12 +486,13 @@ def retrieval_attention(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
 ) -> Tensor:
     """`prefill.retrieval_attention`, same arguments and meaning."""
     index = None
-    if index_q is not None and index_k is not None and top_p < 1.0:
+    if index_q is not None and index_k is not None and (top_p < 1.0 or min_probability > 0.0):
         index_q, index_k = _padded_index(index_q), _padded_index(index_k)
-        index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p))
+        index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p, min_probability))
     call = _Call(
         q, length=k.shape[2], first_slot=0, window_tokens=window_tokens, scaling=scaling, real=real, sinks=sinks,
         index=index, heads_per_unit=heads_per_unit,

@@ -73,6 +73,7 @@ def retrieval_attention(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
 ) -> Tensor:
     """Token-exact attention of retrieval heads: selected tokens, window and sinks (paper, section 3.2).
 
@@ -87,13 +88,15 @@ def retrieval_attention(
     """
     batch, heads, queries, _ = q.shape
     slots = k.shape[2]
-    index = (index_q, index_k) if index_q is not None and index_k is not None and top_p < 1.0 else None
+    index = (index_q, index_k) if index_q is not None and index_k is not None else None
+    if top_p >= 1.0 and min_probability == 0.0:
+        index = None
     if index is None and real is None and queries == slots:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     if kernels := _kernels(q):
         return kernels.retrieval_attention(
             q, k, v, index_q, index_k, heads_per_unit=heads_per_unit, sinks=sinks, window_tokens=window_tokens,
-            top_p=top_p, scaling=scaling, real=real,
+            top_p=top_p, scaling=scaling, real=real, min_probability=min_probability,
         )  # fmt: skip
     k_slots = torch.arange(slots, device=q.device)
     rows = max(1, workspace_elements(q.device) // (batch * heads * slots))
@@ -109,7 +112,7 @@ def retrieval_attention(
             seen_index = seen_q, seen_k = index[0][:, :, start:stop], index[1][:, :, :end]
             if torch.is_grad_enabled():  # found once; the backward pass only compares again
                 scores = visible_scores(seen_q, seen_k, visible_slots(q_slots, k_slots[:end], seen_real))
-                threshold = top_p_threshold(scores, top_p)
+                threshold = top_p_threshold(scores, top_p, min_probability)
                 del scores
 
         def attend(
@@ -121,6 +124,7 @@ def retrieval_attention(
                 visible=visible_slots(q_slots, k_slots[:end], seen_real),
                 near=near_slots(q_slots, k_slots[:end], sinks, window_tokens),
                 top_p=top_p,
+                min_probability=min_probability,
                 threshold=threshold,
             )
             if keep.shape[1] > 1 and heads_per_unit > 1:

@@ -66,6 +66,7 @@ def keep_mask(
     visible: Tensor,
     near: Tensor,
     top_p: float,
+    min_probability: float = 0.0,
     threshold: Tensor | None = None,
 ) -> Tensor:
     """What retrieval queries attend to: visible tokens that are near or selected.
@@ -78,10 +79,12 @@ def keep_mask(
     Returns:
         [B, U, T, N] bool, or `visible` itself without an index.
     """
-    if index_q is None or index_k is None or top_p >= 1.0:
+    if index_q is None or index_k is None or (top_p >= 1.0 and min_probability == 0.0):
         return visible
     scores = visible_scores(index_q, index_k, visible)
-    return ((scores >= (top_p_threshold(scores, top_p) if threshold is None else threshold)) | near) & visible
+    if threshold is None:
+        threshold = top_p_threshold(scores, top_p, min_probability)
+    return ((scores >= threshold) | near) & visible
 
 
 def sparse_attention(
@@ -98,6 +101,7 @@ def sparse_attention(
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
+    min_probability: float = 0.0,
 ) -> Tensor:
     """Sparse attention of a layer (paper, section 3): q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D]."""
     query_heads, kv_heads, queries, slots = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
@@ -107,7 +111,7 @@ def sparse_attention(
     near = near_slots(q_slots, k_slots, sink_slots(real, sink_tokens, device=q.device), window_tokens)
     allowed = (visible & near).expand(q.shape[0], query_heads, -1, -1).clone()
     if retrieval_heads:
-        keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p)
+        keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p, min_probability=min_probability)
         units = keep.expand(q.shape[0], len(retrieval_heads) // heads_per_unit, -1, -1)
         allowed[:, list(retrieval_heads)] = units.repeat_interleave(heads_per_unit, 1)
     k, v = (x.repeat_interleave(query_heads // kv_heads, 1) for x in (k, v))

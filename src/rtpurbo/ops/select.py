@@ -4,7 +4,8 @@ Scores are rounded down to a grid of 1/16 nat. A query keeps the tokens within `
 smallest number of steps, one or more, whose softmax mass reaches p; tokens 16 nats or more below the best count nothing.
 So the rule needs no sort and no sum of floats over tokens: a histogram of 256 counts decides it (paper, section 4), and
 every implementation keeps the same tokens however it cut the work. The kept set holds the smallest set that reaches p of the
-rounded mass, plus at most the tokens that share the grid step of its last member. At least one whole step below the best
+rounded mass, plus at most the tokens that share the grid step of its last member. A least probability may cut it short: a
+flat row would spend most tokens where each of them matters least. At least one whole step below the best
 token's is kept: equal tokens have equal scores in the first layer, and rounding must not tell them apart.
 """
 
@@ -18,24 +19,27 @@ GRID_STEPS = 256
 
 
 @torch.no_grad()
-def top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
+def top_p_threshold(scores: Tensor, top_p: float, min_probability: float = 0.0) -> Tensor:
     """Score from which on tokens are kept.
 
     Args:
         scores: [..., N] float32 index scores in nats, -inf for tokens that the query cannot see.
         top_p: mass of the softmax over all visible tokens that the kept ones must reach, in (0, 1].
+        min_probability: keep no token with less of that mass than this, p reached or not, in [0, 1).
 
     Returns:
-        [..., 1] float32, a multiple of STEP_NATS: keep where `scores >= threshold`; -inf (everything visible) when p = 1.
+        [..., 1] float32, a multiple of STEP_NATS: keep where `scores >= threshold`; -inf (everything visible) when p = 1 and
+        min_probability = 0.
     """
-    if top_p >= 1.0:
+    if top_p >= 1.0 and min_probability == 0.0:
         return torch.full_like(scores[..., :1], -torch.inf)
     below = torch.floor(scores / STEP_NATS)
     best = below.amax(-1, keepdim=True)
     best = torch.where(best.isinf(), torch.zeros_like(best), best)  # a row that sees nothing keeps nothing
     below = best - below  # in grid steps
     weights = torch.where(below < GRID_STEPS, torch.exp(-STEP_NATS * below), 0.0)
-    needed = top_p * weights.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True)
+    needed = top_p * total
 
     def mass(steps: Tensor) -> Tensor:
         return torch.where(below <= steps, weights, 0.0).sum(-1, keepdim=True)
@@ -45,6 +49,10 @@ def top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
     while bit:  # binary search for the first number of steps whose mass is large enough
         steps = torch.where(mass(steps + (bit - 1)) < needed, steps + bit, steps)
         bit //= 2
+    if top_p >= 1.0:
+        steps = torch.full_like(best, GRID_STEPS - 1)
+    if min_probability > 0.0:
+        steps = torch.minimum(steps, torch.floor(-torch.log(min_probability * total) / STEP_NATS))
     return (best - steps.clamp(min=1)) * STEP_NATS
 
 
