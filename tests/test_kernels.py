@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from decoding import LAYERS, attended, run_decode, split_roles
 from rtpurbo import ops
-from rtpurbo.ops import decode_kernels, kernels
+from rtpurbo.ops import decode_kernels, gather_kernels, kernels
 from rtpurbo.ops.reference import gather_slots, sink_slots, visible_scores, visible_slots
 from rtpurbo.ops.select import GRID_STEPS, STEP_NATS, top_p_threshold
 
@@ -125,13 +125,22 @@ def test_mass_beyond_the_grid_does_not_count():
         assert got.item() == (below - steps) * STEP_NATS
 
 
+@pytest.fixture(params=["small tiles", "tiles as they are"])
+def far_tiles(request, monkeypatch):
+    """Tiles so small that there are far tokens beyond several of them, fewer programs than tiles, or as they are."""
+    if request.param == "small tiles":
+        for name, value in {"SCORES": 256, "KEY_TILE": 16, "ROWS": 16, "PROGRAMS": 3}.items():
+            monkeypatch.setattr(gather_kernels, name, value)
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
     ("slots", "queries", "unit_size", "window", "sink_tokens", "top_p"),
-    [(1, 1, 1, 1, 0, 0.5), (2, 1, 3, 5, 1, 0.8), (33, 33, 2, 33, 1, 0.3), (65, 5, 1, 3, 4, 1.0), (150, 70, 2, 5, 1, 0.8)],
+    [(1, 1, 1, 1, 0, 0.5), (2, 1, 3, 5, 1, 0.8), (33, 33, 2, 33, 1, 0.3), (65, 5, 1, 3, 4, 1.0), (150, 70, 3, 5, 1, 0.8)],
 )
-def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, padding):
-    q, k, v, index_q, index_k = make_inputs(2, 2 * unit_size, slots, queries, units=2)
+def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, padding, far_tiles):
+    q, _, _, index_q, index_k = make_inputs(2, 2 * unit_size, slots, queries, units=2)
+    k, v = (x.repeat_interleave(unit_size, 1) for x in make_inputs(2, 2, slots, queries)[1:3])
     real = make_real(padding, 2, slots)
     k_slots = torch.arange(slots, device=DEVICE)
     sinks = sink_slots(real, sink_tokens, device=DEVICE)
@@ -146,7 +155,8 @@ def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, paddin
 
 
 def test_chunks_give_the_same_bits():
-    q, k, v, index_q, index_k = make_inputs(1, 2, 150, 150, units=1)
+    q, _, _, index_q, index_k = make_inputs(1, 2, 150, 150, units=1)
+    k, v = (x.repeat_interleave(2, 1) for x in make_inputs(1, 1, 150, 150)[1:3])
     sinks = sink_slots(None, 2, device=DEVICE)
     settings = {"sinks": sinks, "window_tokens": 20, "scaling": SCALING}
 
@@ -165,7 +175,11 @@ def test_chunks_give_the_same_bits():
     whole = run(0, 150)
     for cuts in ([0, 64, 150], [0, 47, 100, 150]):
         parts = torch.cat([run(a, b) for a, b in pairwise(cuts)], 3)
-        assert torch.equal(parts, whole)
+        assert torch.equal(parts[1], whole[1])
+        if all(cut % gather_kernels.positions(2) == 0 for cut in cuts[:-1]):
+            assert torch.equal(parts[0], whole[0])
+        else:  # a tile of positions that is cut gathers two unions
+            torch.testing.assert_close(parts[0], whole[0])
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -346,10 +360,10 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rtpurbo.ops import decode_kernels, kernels
+from rtpurbo.ops import decode_kernels, gather_kernels, kernels
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
-            "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8"}
+            "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32"}
 DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32", "p_ml": "*fp32"}
 DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
                                             "head_units", "table", "local_table")}
@@ -374,6 +388,10 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
         for name in ("_forward", "_backward_queries", "_backward_keys"):
             sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
     sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
+    gather = {"module": gather_kernels, "T": gather_kernels.KEY_TILE, "d": 16, "PADDED": True, "ONE_ROW": False}
+    for heads, rows, dim in ((8, 8, 128), (3, 4, 64), (1, 1, 128)):
+        gather |= {"P": gather_kernels.positions(heads), "FAR": gather_kernels.SCORES // gather_kernels.positions(heads)}
+        sizes.append(compiled("_gather", capability, S=heads, SP=rows, D=dim, **gather))
     decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
               "PADDED": True, "RAGGED": True}
     decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE,

@@ -497,6 +497,17 @@ def retrieval_attention(
         q, length=k.shape[2], first_slot=0, window_tokens=window_tokens, scaling=scaling, real=real, sinks=sinks,
         index=index, heads_per_unit=heads_per_unit,
     )  # fmt: skip
+    if (
+        index is not None
+        and call.is_sink is not None
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    ):
+        from .gather_kernels import retrieval_prefill
+
+        return retrieval_prefill(
+            q, k, v, index, heads_per_unit=heads_per_unit, is_sink=call.is_sink, window_tokens=window_tokens,
+            scaling=scaling, real=call.real,
+        )  # fmt: skip
     return _MaskedFlash.apply(q, k, v, None, None, call)[0]  # type: ignore[no-untyped-call]
 
 

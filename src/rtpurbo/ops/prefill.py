@@ -78,7 +78,7 @@ def retrieval_attention(
     """Token-exact attention of retrieval heads: selected tokens, window and sinks (paper, section 3.2).
 
     Args:
-        q: [B, U*S, T, D]; k, v: [B, U*S, N, D].
+        q: [B, U*S, T, D]; k, v: [B, U*S, N, D], the same for all heads of a unit.
         index_q: [B, U, T, d]; index_k: [B, U, N, d]; None for dense retrieval heads.
         sinks: [B or 1, sink_tokens] slots, -1 for none.
         real: [B, N] bool, False for padding; None when nothing is padded.
