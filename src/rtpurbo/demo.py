@@ -22,10 +22,10 @@ def demo_config(seed: int) -> ConvertConfig:
         window_tokens=256,
         calibrate=CalibrateConfig(granularity="group", lengths_tokens=(1024,), documents=6, check_samples=2, seed=seed),
         indexer=IndexerConfig(
-            steps=150, length_tokens=2048, shortest_tokens=1024, documents=12, queries=96, mass_target=0.97, seed=seed
+            steps=200, length_tokens=2048, shortest_tokens=1024, documents=24, queries=96, mass_target=0.975, seed=seed
         ),
         distill=DistillConfig(
-            steps=4, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed
+            steps=3, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed
         ),
         evaluate=EvalConfig(
             lengths_tokens=(2048, 4096), samples=(8, 4), kinds=("single",), loss_documents=3, loss_length_tokens=2048,
