@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import LEAST_DOT, LOG2E, _on
-from .select import GRID_STEPS, STEP_NATS
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _flags, _on
+from .select import GRID_STEPS, STEP_NATS, leaves_out
 
 UNSEEN = -32768
 """Grid score of a slot that the query does not see."""
@@ -119,18 +119,6 @@ def _slot_offset(o_k, p_table, first_slot, s_page, s_n, PAGE: tl.constexpr):
         page = tl.load(p_table + o_k // PAGE).to(tl.int64)
         return page * s_page + (o_k % PAGE).to(tl.int64) * s_n
     return (o_k - first_slot).to(tl.int64) * s_n
-
-
-@triton.jit
-def _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
-    """One step of the online softmax: logits of a tile, allowed where m_tile [heads, tokens]."""
-    logits = tl.where(m_tile, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
-    higher = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(logits - base[:, None])
-    keep = tl.exp2(peak - base)
-    acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
-    return higher, total * keep + tl.sum(weights, 1), acc
 
 
 @triton.jit
@@ -372,10 +360,6 @@ def thresholds(
     return bins[..., :slots], least
 
 
-def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
-    return stand_in if real is None else real[:, :slots].contiguous().view(torch.uint8)
-
-
 def decode_attention(
     q: Tensor,
     full_k: Tensor,
@@ -425,7 +409,7 @@ def decode_attention(
     roles = _roles(kv_rows, full_rows, head_units, device)
     units = max(head_units) + 1
     far_tokens = max(0, slots - window_tokens) if full_rows else 0
-    select = index_k is not None and (top_p < 1.0 or min_probability > 0.0) and far_tokens > 0
+    select = index_k is not None and leaves_out(top_p, min_probability) and far_tokens > 0
     bins = least = roles.heads
     if select:
         assert index_q is not None

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import LEAST_DOT, LOG2E, _on
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _on
 
 SCORES = 16384
 """Index scores that a program holds at once, positions times tokens: what registers hold."""
@@ -41,17 +41,6 @@ def _own_tokens(b_iq, b_ik, b_least, SP: tl.constexpr, P: tl.constexpr, T: tl.co
     """[SP * P, T] which tokens each row's position selects, the positions repeated for every head."""
     hit = (tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee") >= b_least[:, None]).to(tl.int32)
     return tl.reshape(tl.broadcast_to(hit[None, :, :], [SP, P, T]), [SP * P, T]) > 0
-
-
-@triton.jit
-def _step(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
-    logits = tl.where(m_tile, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
-    higher = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(logits - base[:, None])
-    keep = tl.exp2(peak - base)
-    acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
-    return higher, total * keep + tl.sum(weights, 1), acc
 
 
 @triton.jit(do_not_specialize=["queries", "slots", "tiles"])
@@ -103,7 +92,7 @@ def _gather(
                 b_v = tl.load(p_values + o_k[:, None] * D + o_d, mask=m_k[:, None], other=0.0)
                 b_sink = tl.load(p_is_sink + o_k, mask=m_k, other=0)
                 m_tile = (_own_tokens(b_iq, b_ik, b_least, SP, P, T) | (b_sink > 0)[None, :]) & m_k[None, :]
-                peak, total, acc = _step(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
+                peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
             tl.debug_barrier()  # the list is written again
         for start in range(edge, tl.minimum(begin + P, slots), T):
             o_k = (start + o_t).to(tl.int64)
@@ -118,7 +107,7 @@ def _gather(
             if PADDED:
                 b_real = tl.load(p_is_real + o_k, mask=m_k, other=0)
                 m_tile = m_tile & ((b_real > 0)[None, :] | (age == 0))
-            peak, total, acc = _step(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
+            peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
         acc = acc / tl.where(m_q, total, 1.0)[:, None]
         tl.store(p_out + o_row[:, None] * D + o_d, acc.to(p_out.dtype.element_ty), mask=m_q[:, None])
 

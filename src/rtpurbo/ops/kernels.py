@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .select import GRID_STEPS, STEP_NATS
+from .select import GRID_STEPS, STEP_NATS, leaves_out
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -153,6 +153,18 @@ def _thresholds(
 
 
 @triton.jit
+def _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
+    """One step of the online softmax: logits of a tile, allowed where m_tile [queries, tokens]."""
+    logits = tl.where(m_tile, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(logits - base[:, None])
+    keep = tl.exp2(peak - base)
+    acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
+    return higher, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
 def _forward(
     p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_out, p_lse,
     queries, length, first_slot, heads, per_unit, window, scale,
@@ -195,14 +207,7 @@ def _forward(
             p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
             D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
         )  # fmt: skip
-        logits = tl.where(m_seen, tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        keep = tl.exp2(peak - base)
-        total = total * keep + tl.sum(weights, 1)
-        acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
-        peak = higher
+        peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     total = tl.where(m_q, total, 1.0)
     peak = tl.where(m_q, peak, 0.0)
     o_out = (row * queries + o_t[:, None]) * D + o_d
@@ -372,7 +377,7 @@ class _Call:
         self.length, self.first_slot, self.window, self.scaling = length, first_slot, window_tokens, scaling
         self.index, self.per_unit, self.local = index, heads_per_unit, local
         last = first_slot + length
-        self.real = None if real is None else real[:, :last].contiguous().view(torch.uint8)
+        self.real = None if real is None else _flags(real, last, real)
         self.sinks = sinks.to(torch.int32).contiguous()
         self.is_sink = None
         if index is not None:
@@ -443,6 +448,11 @@ class _Call:
             )
 
 
+def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
+    """The padding mask of the first `slots` slots as a kernel reads it, uint8; any tensor when nothing is padded."""
+    return stand_in if real is None else real[:, :slots].contiguous().view(torch.uint8)
+
+
 def _on(tensor: Tensor):
     """Launch on the tensor's GPU, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
@@ -458,10 +468,9 @@ def top_p_thresholds(
     tile = _tiles(dim)
     m = tile["M"]
     grid = (-(-slots // m) - (slots - queries) // m, batch * units)
-    flags = index_q if real is None else real[:, :slots].contiguous().view(torch.uint8)
     with _on(index_q):
         _thresholds[grid](
-            index_q, index_k, flags, least, queries, slots, units, top_p, min_probability,
+            index_q, index_k, _flags(real, slots, index_q), least, queries, slots, units, top_p, min_probability,
             d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, SEARCH=top_p < 1.0, **tile,
         )  # fmt: skip
     return least
@@ -490,7 +499,7 @@ def retrieval_attention(
 ) -> Tensor:
     """`prefill.retrieval_attention`, same arguments and meaning."""
     index = None
-    if index_q is not None and index_k is not None and (top_p < 1.0 or min_probability > 0.0):
+    if index_q is not None and index_k is not None and leaves_out(top_p, min_probability):
         index_q, index_k = _padded_index(index_q), _padded_index(index_k)
         index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p, min_probability))
     call = _Call(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .reference import keep_mask, near_slots, visible_scores, visible_slots
-from .select import top_p_threshold
+from .select import leaves_out, top_p_threshold
 
 
 @cache
@@ -89,7 +89,7 @@ def retrieval_attention(
     batch, heads, queries, _ = q.shape
     slots = k.shape[2]
     index = (index_q, index_k) if index_q is not None and index_k is not None else None
-    if top_p >= 1.0 and min_probability == 0.0:
+    if not leaves_out(top_p, min_probability):
         index = None
     if index is None and real is None and queries == slots:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .select import index_scores, top_p_threshold
+from .select import index_scores, leaves_out, top_p_threshold
 
 
 def sink_slots(real: Tensor | None, sink_tokens: int, *, device: torch.device | None = None) -> Tensor:
@@ -79,7 +79,7 @@ def keep_mask(
     Returns:
         [B, U, T, N] bool, or `visible` itself without an index.
     """
-    if index_q is None or index_k is None or (top_p >= 1.0 and min_probability == 0.0):
+    if index_q is None or index_k is None or not leaves_out(top_p, min_probability):
         return visible
     scores = visible_scores(index_q, index_k, visible)
     if threshold is None:

@@ -18,6 +18,11 @@ STEP_NATS = 1 / 16
 GRID_STEPS = 256
 
 
+def leaves_out(top_p: float, min_probability: float) -> bool:
+    """Whether a selection by these leaves any visible token out."""
+    return top_p < 1.0 or min_probability > 0.0
+
+
 @torch.no_grad()
 def top_p_threshold(scores: Tensor, top_p: float, min_probability: float = 0.0) -> Tensor:
     """Score from which on tokens are kept.
@@ -31,7 +36,7 @@ def top_p_threshold(scores: Tensor, top_p: float, min_probability: float = 0.0) 
         [..., 1] float32, a multiple of STEP_NATS: keep where `scores >= threshold`; -inf (everything visible) when p = 1 and
         min_probability = 0.
     """
-    if top_p >= 1.0 and min_probability == 0.0:
+    if not leaves_out(top_p, min_probability):
         return torch.full_like(scores[..., :1], -torch.inf)
     below = torch.floor(scores / STEP_NATS)
     best = below.amax(-1, keepdim=True)
