@@ -376,7 +376,8 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
         scalar = "fp32" if argument in ("top_p", "min_probability", "scale") else "i32"
         pointer = types_of.get(argument, "*bf16") if argument.startswith("p_") else scalar
         types[argument] = "constexpr" if argument in constants else pointer
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a].startswith("*")}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     return len(binary.asm["cubin"])
 
@@ -387,7 +388,8 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     for local, select in modes:
         for name in ("_forward", "_backward_queries", "_backward_keys"):
             sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
-    sizes.append(compiled("_thresholds", capability, PADDED=True, **tile))
+    for search in (True, False):
+        sizes.append(compiled("_thresholds", capability, PADDED=True, **tile | {"SEARCH": search}))
     gather = {"module": gather_kernels, "T": gather_kernels.KEY_TILE, "d": 16, "PADDED": True, "ONE_ROW": False}
     for heads, rows, dim in ((8, 8, 128), (3, 4, 64), (1, 1, 128)):
         gather |= {"P": gather_kernels.positions(heads), "FAR": gather_kernels.SCORES // gather_kernels.positions(heads)}

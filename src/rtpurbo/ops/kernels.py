@@ -124,28 +124,28 @@ def _thresholds(
     best = tl.where(best == float("-inf"), 0.0, best)
     steps = tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
-    width = STEPS // 4
-    if not SEARCH:
+    if SEARCH:
+        width = STEPS // 4
+        while width > 0:
+            first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+            total = tl.zeros([M], tl.float32)
+            edge = (steps + (width - 1))[:, None]
+            for start in range(0, stop, N):
+                below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
+                weights = tl.where(below < STEPS, tl.exp(-STEP * below), 0.0)
+                first += tl.sum(tl.where(below <= edge, weights, 0.0), 1)
+                second += tl.sum(tl.where(below <= edge + width, weights, 0.0), 1)
+                third += tl.sum(tl.where(below <= edge + 2 * width, weights, 0.0), 1)
+                total += tl.sum(weights, 1)
+            needed = top_p * total
+            more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
+            steps += width * more
+            width = width // 4
+    else:
         steps += STEPS - 1
-        width = 0
         for start in range(0, stop, N):
             below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
             total += tl.sum(tl.where(below < STEPS, tl.exp(-STEP * below), 0.0), 1)
-    while width > 0:
-        first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        total = tl.zeros([M], tl.float32)
-        edge = (steps + (width - 1))[:, None]
-        for start in range(0, stop, N):
-            below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
-            weights = tl.where(below < STEPS, tl.exp(-STEP * below), 0.0)
-            first += tl.sum(tl.where(below <= edge, weights, 0.0), 1)
-            second += tl.sum(tl.where(below <= edge + width, weights, 0.0), 1)
-            third += tl.sum(tl.where(below <= edge + 2 * width, weights, 0.0), 1)
-            total += tl.sum(weights, 1)
-        needed = top_p * total
-        more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
-        steps += width * more
-        width = width // 4
     if min_probability > 0:
         steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * total) / STEP))
     least = (best - tl.maximum(steps, 1.0)) * STEP
