@@ -227,6 +227,7 @@ def splits(request, monkeypatch):
         for name, value in {
             "SCORE_TILE": 16,
             "FAR_TILE": 16,
+            "HELD_VALUES": 64,
             "NEAR_TOKENS": 16,
             "KEY_TILE": 16,
             "PARTS": 4,
@@ -396,8 +397,8 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
         sizes.append(compiled("_gather", capability, S=heads, SP=rows, D=dim, **gather))
     decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
               "PADDED": True, "RAGGED": True}
-    decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE,
-               "T": decode_kernels.KEY_TILE, "SELECT": True, "ONE_ROW": True}
+    decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE}
+    decode |= {"HEADS": 8, "AT_ONCE": 16, "T": decode_kernels.KEY_TILE, "SELECT": True, "ONE_ROW": True}
     sizes.append(compiled("_score", capability, d=16, D=16, TILE=decode_kernels.SCORE_TILE, **decode))
     for page, units in ((0, 1), (0, 3), (16, 2)):
         sizes.append(compiled("_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, PAGE=page, **decode))

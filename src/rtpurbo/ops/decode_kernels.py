@@ -31,16 +31,30 @@ UNSEEN = -32768
 """Grid score of a slot that the query does not see."""
 SCORE_TILE = 1024
 """Tokens whose index keys one program loads at once."""
-FAR_TILE = 4096
+FAR_TILE = 2048
 """Tokens whose selection one program compacts at once."""
 NEAR_TOKENS = 256
 """Tokens of the window a program attends to: all of them are read, so few enough to fill a GPU."""
 KEY_TILE = 64
 """Tokens of one tile product."""
 PARTS = 16
-"""Results of splits that one program combines, in two rounds: at most PARTS * PARTS splits of a row."""
+"""Results of splits that one program combines, in two rounds where there are more: at most PARTS * PARTS splits of a row."""
+HELD_VALUES = 16384
+"""Values of such results that it loads at once."""
 PROGRAMS = 528
 """Programs that a launch is cut into, if there is work for so many: four for each of an H100's 132 multiprocessors."""
+
+
+@triton.jit
+def _merged(p_counts, p_tops, first, count, PARTS: tl.constexpr, STEPS: tl.constexpr, LOWEST: tl.constexpr):
+    """(best grid score, histogram below it) of `count` splits that other programs wrote, past the L1 cache."""
+    o_p, o_s = tl.arange(0, PARTS), tl.arange(0, STEPS)
+    m_p = o_p < count
+    tops = tl.load(p_tops + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
+    best = tl.max(tops, 0)
+    place = o_s[None, :] - (best - tops)[:, None]
+    p_part = p_counts + (first + o_p)[:, None] * STEPS + place
+    return best, tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -86,30 +100,33 @@ def _score(
         below = top - bins
         counts += tl.histogram(below, STEPS, mask=(bins > LOWEST) & (below < STEPS))
     o_s = tl.arange(0, STEPS)
-    tl.store(p_counts + (row * splits + split) * STEPS + o_s, counts)
-    tl.store(p_tops + row * splits + split, top)
+    sets = (splits + PARTS - 1) // PARTS
+    mine = split // PARTS
+    place = row * (splits + sets)  # splits, then sets of them
+    tl.store(p_counts + (place + split) * STEPS + o_s, counts)
+    tl.store(p_tops + place + split, top)
     tl.debug_barrier()
-    if tl.atomic_add(p_arrived + row, 1) == splits - 1:
-        o_p = tl.arange(0, PARTS)
-        best = tl.full([], LOWEST, tl.int32)
-        for first in range(0, splits, PARTS):
-            m_p = first + o_p < splits
-            tops = tl.load(p_tops + row * splits + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
-            best = tl.maximum(best, tl.max(tops, 0))
-        merged = tl.zeros([STEPS], tl.int32)
-        for first in range(0, splits, PARTS):
-            m_p = first + o_p < splits
-            tops = tl.load(p_tops + row * splits + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
-            place = o_s[None, :] - (best - tops)[:, None]
-            p_part = p_counts + (row * splits + first + o_p)[:, None] * STEPS + place
-            merged += tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
-        mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
-        total = tl.sum(mass, 0)
-        steps = tl.minimum(tl.sum((tl.cumsum(mass, 0) < top_p * total).to(tl.int32), 0), STEPS - 1)
-        if min_probability > 0:
-            steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * tl.maximum(total, 1.0)) / STEP).to(tl.int32))
-        tl.store(p_least + row, best - tl.maximum(steps, 1))
-        tl.store(p_arrived + row, 0)
+    p_count = p_arrived + row * (PARTS + 1)
+    its = tl.minimum(splits - mine * PARTS, PARTS)
+    if tl.atomic_add(p_count + 1 + mine, 1) == its - 1:
+        best, merged = _merged(p_counts, p_tops, place + mine * PARTS, its, PARTS, STEPS, LOWEST)
+        tl.store(p_count + 1 + mine, 0)
+        last = sets == 1
+        if sets > 1:
+            tl.store(p_counts + (place + splits + mine) * STEPS + o_s, merged)
+            tl.store(p_tops + place + splits + mine, best)
+            tl.debug_barrier()
+            last = tl.atomic_add(p_count, 1) == sets - 1
+            if last:
+                best, merged = _merged(p_counts, p_tops, place + splits, sets, PARTS, STEPS, LOWEST)
+                tl.store(p_count, 0)
+        if last:
+            mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
+            total = tl.sum(mass, 0)
+            steps = tl.minimum(tl.sum((tl.cumsum(mass, 0) < top_p * total).to(tl.int32), 0), STEPS - 1)
+            if min_probability > 0:
+                steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * tl.maximum(total, 1.0)) / STEP).to(tl.int32))
+            tl.store(p_least + row, best - tl.maximum(steps, 1))
 
 
 @triton.jit
@@ -122,8 +139,10 @@ def _slot_offset(o_k, p_table, first_slot, s_page, s_n, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _store_part(p_ml, p_acc, part, peak, total, acc, o_g, o_d, m_g, G: tl.constexpr, D: tl.constexpr):
+def _store_part(p_ml, p_acc, part, peak, total, acc, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):
     """Write one unnormalised result: base-2 peak, total and sum of values of every head."""
+    o_g, o_d = tl.arange(0, HEADS), tl.arange(0, D)
+    m_g = o_g < G
     o_part = part * G + o_g
     tl.store(p_ml + o_part * 2, peak, mask=m_g)
     tl.store(p_ml + o_part * 2 + 1, total, mask=m_g)
@@ -131,24 +150,27 @@ def _store_part(p_ml, p_acc, part, peak, total, acc, o_g, o_d, m_g, G: tl.conste
 
 
 @triton.jit
-def _combined(p_ml, p_acc, first, count, o_g, o_d, m_g, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
-    """Sum of `count` results that other programs wrote, past the L1 cache."""
-    peak = tl.full([GROUP], float("-inf"), tl.float32)
-    for part in range(count):
-        its = tl.load(p_ml + ((first + part) * G + o_g) * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
-        peak = tl.maximum(peak, its)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, D], tl.float32)
-    for part in range(count):
-        o_part = (first + part) * G + o_g
-        its = tl.load(p_ml + o_part * 2, mask=m_g, other=float("-inf"), cache_modifier=".cg")
-        m_its = its > float("-inf")
-        share = tl.exp2(its - base)
-        total += share * tl.load(p_ml + o_part * 2 + 1, mask=m_its, other=0.0, cache_modifier=".cg")
-        acc += share[:, None] * tl.load(
-            p_acc + o_part[:, None] * D + o_d, mask=m_its[:, None], other=0.0, cache_modifier=".cg"
+def _combined(p_ml, p_acc, first, count, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sum of `count` results that other programs wrote, past the L1 cache; AT_ONCE of them do not wait for each other."""
+    o_p, o_g, o_d = tl.arange(0, AT_ONCE), tl.arange(0, HEADS), tl.arange(0, D)
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, D], tl.float32)
+    for begin in range(0, count, AT_ONCE):
+        o_part = (first + begin + o_p)[:, None] * G + o_g[None, :]
+        m_part = (begin + o_p < count)[:, None] & (o_g < G)[None, :]
+        peaks = tl.load(p_ml + o_part * 2, mask=m_part, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(p_ml + o_part * 2 + 1, mask=m_part, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            p_acc + o_part[:, :, None] * D + o_d[None, None, :], mask=m_part[:, :, None], other=0.0, cache_modifier=".cg"
         )
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        keep, share = tl.exp2(peak - base), tl.exp2(peaks - base[None, :])
+        total = total * keep + tl.sum(share * totals, 0)
+        values = tl.where((peaks > float("-inf"))[:, :, None], values, 0.0)  # else nobody wrote them
+        acc = acc * keep[:, None] + tl.sum(share[:, :, None] * values, 0)
+        peak = higher
     return peak, total, acc
 
 
@@ -158,8 +180,8 @@ def _attend(
     p_lengths, p_real, p_table, p_local_table, p_acc, p_ml, p_arrived, p_out,
     rows, full_rows, units, slots, width, first_slot, window, near, far, span, sink_count, table_width, scale,
     s_kb, s_kh, s_kn, s_lb, s_lh, s_ln, s_page, s_local_page,
-    D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
-    NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr,
     SELECT: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ONE_ROW: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """One split of one row (KV head) for all its query heads; the last one to finish combines the row's splits."""
@@ -192,12 +214,11 @@ def _attend(
     o_sink = tl.arange(0, S)
     p_sinks += tl.where(ONE_ROW, 0, batch * sink_count)
     b_unit = tl.load(p_head_units + row * G + o_g, mask=o_g < tl.where(is_full, G, 0), other=-1).to(tl.int64)
-    m_retrieves = b_unit >= 0
     m_here = m_g & (b_unit >= tl.where(is_near, -1, 0))
-    p_unit = p_bins + (batch * units + tl.maximum(b_unit, 0)) * width
-    b_least = b_unit
-    if SELECT:
-        b_least = tl.load(p_least + batch * units + b_unit, mask=m_retrieves, other=0)
+    b_flag = tl.zeros([GROUP], tl.int32)  # of each head's unit
+    if SELECT and R > 1:
+        for r in tl.static_range(R):
+            b_flag = tl.where(b_unit == tl.load(p_row_units + tl.where(is_full, row, 0) * R + r), r, b_flag)
     p_chosen = p_list + (batch * full_rows + row) * width
     if is_near & (split == 0):
         b_sinks = tl.load(p_sinks + o_sink, mask=o_sink < sink_count, other=-1)
@@ -220,6 +241,7 @@ def _attend(
             o_c = (split - near) * span + round + tl.arange(0, FAR)  # begin, in a form that is seen to be aligned
             m_c = o_c < stop
             m_any = m_c
+            marked = o_c  # the slot, and in the highest bits the units that selected it
             if SELECT:
                 m_any = o_c < 0
                 for r in tl.static_range(R):
@@ -227,19 +249,25 @@ def _attend(
                     if unit >= 0:
                         least = tl.load(p_least + batch * units + unit)
                         bins = tl.load(p_bins + (batch * units + unit) * width + o_c).to(tl.int32)
-                        m_any = m_any | (m_c & (bins >= least) & (bins > LOWEST))
+                        m_unit = m_c & (bins >= least) & (bins > LOWEST)
+                        m_any = m_any | m_unit
+                        if R > 1:
+                            marked = marked | (m_unit.to(tl.int32) << (32 - R + r))
             elif PADDED:
                 m_any = m_any & (tl.load(p_real + batch * slots + o_c, mask=m_c, other=0) != 0)
             for i in range(sink_count):  # the first near split has them
                 m_any = m_any & (o_c != tl.load(p_sinks + i))
             chosen = m_any.to(tl.int32)
             count = tl.sum(chosen, 0)
-            tl.store(p_chosen + begin + tl.cumsum(chosen, 0) - 1, o_c, mask=m_any)
+            tl.store(p_chosen + begin + tl.cumsum(chosen, 0) - 1, marked, mask=m_any)
             tl.debug_barrier()
         for first in range(0, count, T):
             o_i = first + o_t
             m_k, m_near, m_far = o_i < count, o_i < tl.where(is_near, count, 0), o_i < tl.where(is_near, 0, count)
-            o_k = tl.load(p_chosen + begin + o_i, mask=m_far, other=0)
+            entry = tl.load(p_chosen + begin + o_i, mask=m_far, other=0)
+            o_k = entry
+            if SELECT and R > 1:
+                o_k = entry & ((1 << (32 - R)) - 1)
             o_k = tl.where(m_near, begin + o_i, tl.where(m_far, o_k, start))
             o_n = _slot_offset(o_k, p_pages, origin, s_pg, s_n, PAGE)
             b_k = tl.load(p_keys + o_n[:, None] + o_d, mask=m_k[:, None], other=0.0)
@@ -249,29 +277,33 @@ def _attend(
                 m_k = m_k & ((b_real != 0) | (o_k == length - 1))
             m_tile = m_k[None, :] & m_here[:, None]
             if SELECT and R > 1:  # a row of several units: each head takes its own unit's tokens
-                m_look = m_tile & m_far[None, :]
-                bins = tl.load(p_unit[:, None] + o_k[None, :], mask=m_look, other=LOWEST).to(tl.int32)
-                m_tile = m_tile & (m_near[None, :] | (bins >= b_least[:, None]))
+                m_unit = ((entry[None, :] >> (32 - R + b_flag)[:, None]) & 1) != 0
+                m_tile = m_tile & (m_near[None, :] | m_unit)
             peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
     parts = tl.where(is_full, near + far, near)
     sets = (parts + PARTS - 1) // PARTS
     mine = split // PARTS
     place = (batch * rows + row) * (near + far + PARTS)  # splits, then sets of them
-    _store_part(p_ml, p_acc, place + split, peak, total, acc, o_g, o_d, m_g, G, D)
+    _store_part(p_ml, p_acc, place + split, peak, total, acc, G, D, GROUP)
     tl.debug_barrier()
     p_count = p_arrived + (batch * rows + row) * (PARTS + 1)
     its = tl.minimum(parts - mine * PARTS, PARTS)
     if tl.atomic_add(p_count + 1 + mine, 1) == its - 1:
-        peak, total, acc = _combined(p_ml, p_acc, place + mine * PARTS, its, o_g, o_d, m_g, G, D, GROUP)
+        its_peak, its_total, its_acc = _combined(p_ml, p_acc, place + mine * PARTS, its, G, D, HEADS, AT_ONCE)
         tl.store(p_count + 1 + mine, 0)
-        _store_part(p_ml, p_acc, place + near + far + mine, peak, total, acc, o_g, o_d, m_g, G, D)
-        tl.debug_barrier()
-        if tl.atomic_add(p_count, 1) == sets - 1:
-            peak, total, acc = _combined(p_ml, p_acc, place + near + far, sets, o_g, o_d, m_g, G, D, GROUP)
-            tl.store(p_count, 0)
-            acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-            p_there = p_out + (batch * rows + head) * G * D + o_g[:, None] * D + o_d
-            tl.store(p_there, acc.to(p_out.dtype.element_ty), mask=m_g[:, None])
+        last = sets == 1
+        if sets > 1:
+            _store_part(p_ml, p_acc, place + near + far + mine, its_peak, its_total, its_acc, G, D, HEADS)
+            tl.debug_barrier()
+            last = tl.atomic_add(p_count, 1) == sets - 1
+            if last:
+                its_peak, its_total, its_acc = _combined(p_ml, p_acc, place + near + far, sets, G, D, HEADS, AT_ONCE)
+                tl.store(p_count, 0)
+        if last:
+            its_acc = its_acc / tl.where(its_total > 0, its_total, 1.0)[:, None]
+            o_h = tl.arange(0, HEADS)
+            p_there = p_out + (batch * rows + head) * G * D + o_h[:, None] * D + o_d
+            tl.store(p_there, its_acc.to(p_out.dtype.element_ty), mask=(o_h < G)[:, None])
 
 
 @dataclass(frozen=True)
@@ -319,7 +351,8 @@ def _cut(length: int, tile: int, most: int) -> tuple[int, int]:
 
 def _width(slots: int) -> int:
     """Length of a row of grid scores or chosen slots: whole tiles of either kernel."""
-    return triton.cdiv(slots, max(SCORE_TILE, FAR_TILE)) * max(SCORE_TILE, FAR_TILE)
+    most = max(SCORE_TILE, FAR_TILE)
+    return triton.cdiv(slots, most) * most
 
 
 def thresholds(
@@ -343,19 +376,20 @@ def thresholds(
     """
     batch, units, slots, dim = index_k.shape
     device = index_q.device
-    span, splits = _cut(slots, SCORE_TILE, max(1, PROGRAMS // (batch * units)))
+    span, splits = _cut(slots, SCORE_TILE, min(max(1, PROGRAMS // (batch * units)), PARTS**2))
+    sets = -(-splits // PARTS)
     width = _width(slots)
     bins = torch.empty(batch, units, width, dtype=torch.int16, device=device)
-    counts = torch.empty(batch, units, splits, GRID_STEPS, dtype=torch.int32, device=device)
-    tops = torch.empty(batch, units, splits, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, units, splits + sets, GRID_STEPS, dtype=torch.int32, device=device)
+    tops = torch.empty(batch, units, splits + sets, dtype=torch.int32, device=device)
     least = torch.empty(batch, units, dtype=torch.int32, device=device)
     with _on(index_q):
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
-            tops, _counters(device, batch * units), least, units, slots, width, span, splits,
+            tops, _counters(device, batch * units * (PARTS + 1)), least, units, slots, width, span, splits,
             top_p if top_p < 1.0 else 2.0, min_probability, *index_k.stride()[:3],
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
-            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=4,
+            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=8,
         )  # fmt: skip
     return bins[..., :slots], least
 
@@ -410,6 +444,9 @@ def decode_attention(
     units = max(head_units) + 1
     far_tokens = max(0, slots - window_tokens) if full_rows else 0
     select = index_k is not None and leaves_out(top_p, min_probability) and far_tokens > 0
+    per_row = roles.row_units.shape[1] if full_rows else 1
+    if select and per_row > 1 and slots > 1 << (32 - per_row):
+        raise ValueError(f"{per_row} selections in one KV group allow at most {1 << (32 - per_row)} tokens, got {slots}.")
     bins = least = roles.heads
     if select:
         assert index_q is not None
@@ -417,15 +454,16 @@ def decode_attention(
         bins, least = thresholds(index_q, index_k, top_p=top_p, min_probability=min_probability, real=real, lengths=lengths)
     near_tokens = max(NEAR_TOKENS, triton.next_power_of_2(-(-min(window_tokens, slots) * 2 // PARTS**2)))
     near = -(-min(window_tokens, slots) // near_tokens)
-    span, far = FAR_TILE, 0
+    span, far = 0, 0
     if far_tokens:
-        wanted = (PROGRAMS - rows * near) // max(1, batch * full_rows)
-        span, far = _cut(far_tokens, FAR_TILE, min(max(wanted, PARTS), PARTS**2 - near))
+        most = min(max((PROGRAMS - rows * near) // (batch * full_rows), 16), PARTS**2 - near)
+        span, far = _cut(far_tokens, FAR_TILE, most)
     width = _width(slots)
     chosen = torch.empty(batch, full_rows, width if far else 0, dtype=torch.int32, device=device)
     acc = torch.empty(batch, rows, near + far + PARTS, group, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch, rows, near + far + PARTS, group, 2, dtype=torch.float32, device=device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads = triton.next_power_of_2(group)
     both = (full_k, local_k)
     strides = [(0, x.stride(2), x.stride(1)) if page else x.stride()[:3] for x in both]
     with _on(q):
@@ -436,9 +474,10 @@ def decode_attention(
             _counters(device, batch * rows * (PARTS + 1)), out,
             rows, full_rows, units, slots, width, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
             tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
-            D=dim, G=group, GROUP=max(LEAST_DOT, triton.next_power_of_2(group)),
-            S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=roles.row_units.shape[1] if full_rows else 1,
-            NEAR=near_tokens, FAR=FAR_TILE, T=KEY_TILE, PARTS=PARTS, PAGE=page, SELECT=select, PADDED=real is not None,
+            D=dim, G=group, GROUP=max(LEAST_DOT, heads), HEADS=heads,
+            AT_ONCE=max(1, min(PARTS, HELD_VALUES // (heads * dim))),
+            S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=per_row, NEAR=near_tokens, FAR=FAR_TILE,
+            T=KEY_TILE, PARTS=PARTS, PAGE=page, SELECT=select, PADDED=real is not None,
             RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, num_warps=4,
         )  # fmt: skip
     return out
