@@ -41,7 +41,7 @@ def environment() -> dict:
 
 
 def stages_0_and_1(args, model, tokenizer, lengths: tuple[int, ...], finished) -> rtpurbo.Artifact:
-    """Calibration and index training, with the largest p that selects at most the wanted share of far tokens."""
+    """Calibration and index training."""
     artifact = rtpurbo.calibrate(
         model,
         tokenizer,
@@ -49,7 +49,7 @@ def stages_0_and_1(args, model, tokenizer, lengths: tuple[int, ...], finished) -
         CalibrateConfig(
             granularity=args.granularity, lengths_tokens=lengths, documents=args.calibrate_documents, check_samples=40
         ),
-        rtpurbo.SparseConfig(window_tokens=args.window),
+        rtpurbo.SparseConfig(window_tokens=args.window, min_probability=args.min_probability),
         model_name="smollm2-135m",
     )
     metrics = artifact.stages["calibrate"]["metrics"]
@@ -70,12 +70,11 @@ def stages_0_and_1(args, model, tokenizer, lengths: tuple[int, ...], finished) -
     finished(
         "train_indexer",
         kl=metrics["kl"],
-        top_p=metrics["top_p"],
-        curve=[[round(x, 3) for x in (c["top_p"], c["mass_kept"], c["far_selected_ratio"])] for c in metrics["curve"]],
+        curve=[
+            [c["min_probability"], round(c["mass_kept"], 3), round(c["far_selected_ratio"], 3)] for c in metrics["curve"]
+        ],
     )
-    curve = metrics["curve"]
-    top_p = max((c["top_p"] for c in curve if c["far_selected_ratio"] <= args.far_share), default=curve[0]["top_p"])
-    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, top_p=top_p))
+    return artifact
 
 
 def main() -> None:
@@ -98,7 +97,9 @@ def main() -> None:
     parser.add_argument("--other-samples", type=int, default=100)
     parser.add_argument("--stage-1-samples", type=int, default=100, help="needle questions after stage 1")
     parser.add_argument("--loss-documents", type=int, default=16)
-    parser.add_argument("--far-share", type=float, default=0.1, help="choose the largest p that selects at most this")
+    parser.add_argument(
+        "--min-probability", type=float, default=1e-4, help="what an index must give to a token to select it"
+    )
     parser.add_argument("--commit", default=None)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -124,6 +125,8 @@ def main() -> None:
         artifact = rtpurbo.Artifact.load(out)
     elif args.artifact:
         artifact = rtpurbo.Artifact.load(args.artifact)
+        rule = dataclasses.replace(artifact.config, top_p=1.0, min_probability=args.min_probability)
+        artifact = dataclasses.replace(artifact, config=rule)
     else:
         artifact = stages_0_and_1(args, model, tokenizer, lengths, finished)
     prose, code = args.dev[:1], args.dev[1:]

@@ -12,7 +12,7 @@ from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 
-CONFIG = SparseConfig(window_tokens=12, sink_tokens=4, index_dim=8, top_p=0.7)
+CONFIG = SparseConfig(window_tokens=12, sink_tokens=4, index_dim=8, top_p=0.7, min_probability=0.0)
 HEADS = HeadMap(query_heads=6, kv_heads=3, granularity="head", retrieval=((0, 1, 2), None, (5,)))
 
 

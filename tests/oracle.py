@@ -77,7 +77,7 @@ def oracle(model, heads, config, indexer=None):
             visible = (slot[:, None] >= slot) & (real[:, None] | itself)
             who = allowed(visible, real, heads, module.layer_idx, config, query_heads)
             name = str(module.layer_idx)
-            if indexer is not None and name in indexer and config.top_p < 1:
+            if indexer is not None and name in indexer and config.selects:
                 pre = inputs[module.layer_idx]
                 pre_q, pre_k = (_tokens_first(pre[short], length, dim).float() for short in ("q", "k"))
                 size = group if heads.granularity == "group" else 1
@@ -88,7 +88,7 @@ def oracle(model, heads, config, indexer=None):
                     index_q = unit_q @ indexer[name].query[unit].T
                     index_k = pre_k[:, :, first // group] @ indexer[name].key[unit].T
                     scores = (index_q @ index_k.transpose(1, 2)).masked_fill(~visible, -torch.inf)
-                    keep = selected(scores, config.top_p) & visible
+                    keep = selected(scores, config.top_p, config.min_probability) & visible
                     for h in chosen[unit * size : (unit + 1) * size]:
                         who[:, h] = local[:, h] | keep
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -44,7 +44,7 @@ def test_artefact_keys():
 
 def test_sparse_config_fields_and_defaults():
     assert dataclasses.asdict(SparseConfig()) == {
-        "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 0.9, "min_probability": 0.0,
+        "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 1.0, "min_probability": 1e-4,
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from rtpurbo.data import (
     check_room,
     documents,
     mixed_document,
+    pieces,
     read_source,
     repeated_span,
     retrieval_sample,
@@ -452,6 +453,18 @@ def test_mixed_documents(tokenizer):
     assert found["plain"] == pytest.approx(15, abs=9)
     assert found["span"] == pytest.approx(45 * 2 / 7, abs=9)
     assert found["question"] == pytest.approx(45 * 5 / 7, abs=12)
+
+
+def test_pieces_make_up_the_document():
+    document = torch.arange(4100)
+    counts = set()
+    for i in range(60):
+        cut = pieces(document, shortest_tokens=600, rng=random.Random(i))
+        assert torch.equal(torch.cat(cut), document)
+        assert min(map(len, cut)) >= 600
+        counts.add(len(cut))
+    assert counts == {1, 2, 4}
+    assert len(pieces(document, shortest_tokens=5000, rng=random.Random(0))) == 1
 
 
 def test_room_for_mixed_documents_is_checked(tokenizer):

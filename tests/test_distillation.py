@@ -80,6 +80,12 @@ def brute_force_kl(student: torch.Tensor, teacher: torch.Tensor, top: int) -> to
     return torch.stack(out)
 
 
+def brute_force_nll(student: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of the expected token; 0 where none is."""
+    chosen = student.double().log_softmax(-1)[torch.arange(len(expected)), expected.clamp(min=0)]
+    return torch.where(expected < 0, 0.0, -chosen)
+
+
 @pytest.mark.parametrize("top", [1, 4, 10])
 def test_top_kl_and_its_gradient_against_brute_force(top):
     torch.manual_seed(0)
@@ -153,7 +159,7 @@ def test_labels_are_every_answer_and_random_places(tokenizer, source):
     spread: set[int] = set()
     for turn in range(20):
         tokens, labels, _ = training_example(document, tokenizer, config, turn, 512)
-        _, answers = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}")
+        _, answers = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}:0")
         places = labels.tolist()
         assert len(tokens) == 256
         assert places == sorted(set(places))
@@ -193,7 +199,7 @@ def test_answers_share_their_weight(tokenizer, source, weight):
         config = dataclasses.replace(CONFIG, retrieval_ratio=ratio, answer_weight=weight)
         for turn in range(10):
             tokens, labels, weights = training_example(document, tokenizer, config, turn, 512)
-            _, answers = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}")
+            _, answers = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}:0")
             assert bool(answers) == bool(ratio)
             assert torch.equal(tokens, document) != bool(answers)
             is_answer = torch.isin(labels, torch.tensor(answers, dtype=torch.long))
@@ -212,7 +218,8 @@ def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_input
     ((student, teacher),) = loss_inputs
     wrong = (expected[0] >= 0) & (teacher.argmax(-1) != expected[0])
     assert wrong.any()  # of an untrained model: its answers, which nobody should learn
-    want = (brute_force_kl(student, teacher, 10) * weights[0])[~wrong].sum().item()
+    loss = brute_force_kl(student, teacher, 10).where(expected[0] < 0, brute_force_nll(student, expected[0]))
+    want = (loss * weights[0])[~wrong].sum().item()
     assert done.stages["distill"]["metrics"]["loss_first"] == pytest.approx(want, rel=1e-3)
 
 
@@ -323,7 +330,7 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
         torch.testing.assert_close(weights.sum(-1), torch.ones(3))
         for i, text in enumerate(texts):
             part = text[: tokens.shape[1]]
-            row, answers = mixed_document(part, tokenizer, retrieval_ratio=0.5, seed=f"{config.seed}:{7 + i}")
+            row, answers = mixed_document(part, tokenizer, retrieval_ratio=0.5, seed=f"{config.seed}:{7 + i}:0")
             assert torch.equal(tokens[i], row)
             assert set(answers) <= set(labels.tolist())
             alone = training_batch([text], tokenizer, config, step=turn, first=7 + i, shortest_tokens=128)
@@ -335,6 +342,21 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
             mine = weights[i][is_answer]
             assert mine.sum().item() == pytest.approx(0.25 if answers else 0.0)
     assert cut == {256, 128}
+
+
+def test_pieces_of_a_document_have_questions_of_their_own(tokenizer, source):
+    text = documents([source], tokenizer, length_tokens=2048, count=1, seed=1)[0]
+    config = dataclasses.replace(CONFIG, retrieval_ratio=1.0)
+    starts = set()
+    for turn in range(40):
+        tokens, labels, _, expected = training_batch([text], tokenizer, config, step=0, first=turn, shortest_tokens=2048)
+        answers = labels[expected[0] >= 0]
+        assert torch.equal(tokens[0, answers + 1], expected[0][expected[0] >= 0])
+        ends = {int(t) + 2 for t in answers if t + 2 == 2048 or int(t) + 1 not in answers.tolist()}
+        asked = [size for size in (2048, 1024, 512) if set(range(size, 2049, size)) <= ends]
+        assert asked
+        starts.add(asked[-1])
+    assert starts == {512, 1024, 2048}
 
 
 def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, source, loss_inputs):
@@ -349,19 +371,20 @@ def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, sou
             with attached(model, made.heads, made.config, made.indexer):
                 sparse = model(row[None]).logits[0, labels]
             known = (answer < 0) | (dense.argmax(-1) == answer)
-            means.append((brute_force_kl(sparse, dense, 10) * weight)[known].sum().item())
+            loss = brute_force_kl(sparse, dense, 10).where(answer < 0, brute_force_nll(sparse, answer))
+            means.append((loss * weight)[known].sum().item())
     assert both["loss_first"] == pytest.approx(sum(means) / 2, rel=1e-3)
 
 
 def test_harm_is_noted(model, made, tokenizer, source):
     good = dataclasses.replace(CONFIG, steps=60, learning_rate=1e-2, labels=100, retrieval_ratio=0.0, save_every=0)
     metrics = distill(model, tokenizer, made, [source], good).stages["distill"]["metrics"]
-    assert metrics["held_out_kl_after"] < metrics["held_out_kl_before"]
+    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"]
     assert metrics["notes"] == []
     bad = dataclasses.replace(good, steps=20, learning_rate=0.5)
     metrics = distill(model, tokenizer, made, [source], bad).stages["distill"]["metrics"]
-    assert metrics["held_out_kl_after"] > metrics["held_out_kl_before"]
-    assert metrics["notes"][0].startswith("Distillation did harm: KL to the dense model on held-out documents ")
+    assert metrics["held_out_loss_after"] > metrics["held_out_loss_before"]
+    assert metrics["notes"][0].startswith("Distillation did harm: loss against the dense model on held-out documents ")
 
 
 # What is saved

@@ -363,6 +363,8 @@ def brute_force_measure(model, made, indexer, texts, queries: int) -> dict[tuple
                     steps = 1
                     while weights[below <= steps].sum() < sparse.top_p * weights.sum():
                         steps += 1
+                    while steps > 1 and (-steps / 16 < math.log(sparse.min_probability * weights.sum() + 1e-30)):
+                        steps -= 1
                     limit = (grid.max() - steps) / 16
                     mass = far = taken = 0.0
                     for slot in range(row + 1):
@@ -375,15 +377,15 @@ def brute_force_measure(model, made, indexer, texts, queries: int) -> dict[tuple
     return {unit: torch.tensor(v).mean(0).tolist() for unit, v in found.items()}
 
 
-@pytest.mark.parametrize("name", ["head", "group"])
-def test_measure_against_brute_force(tokenizer, source, name):
+@pytest.mark.parametrize(("name", "least"), [("head", 0.0), ("group", 0.0), ("group", 0.01)])
+def test_measure_against_brute_force(tokenizer, source, name, least):
     model = random_model()
-    made = artifact(model, name, window_tokens=24, top_p=0.8)
+    made = artifact(model, name, window_tokens=24, top_p=0.8, min_probability=least)
     texts = documents([source], tokenizer, length_tokens=96, count=2, seed=5)
     torch.manual_seed(3)
     indexer = indexer_training.make_indexer(made.heads, head_dim=16, index_dim=8)
     state = {n: t.clone() for n, t in indexer.state_dict().items()}
-    got = measure(model, state, texts, made.heads, 0.8, 24, 4, queries=12)
+    got = measure(model, state, texts, made.heads, made.config, queries=12)
     want = brute_force_measure(model, made, state, texts, 12)
     names = ("kl", "mass_kept", "far_selected_ratio", "tokens_selected")
     assert [(u["layer"], u["unit"]) for u in got["units"]] == sorted(want)
@@ -395,33 +397,37 @@ def test_measure_against_brute_force(tokenizer, source, name):
     assert 0 < got["tokens_selected"] < 68
 
 
-def test_p_for_a_mass_target(model, tokenizer, source):
-    made = artifact(model, "head")
+@pytest.mark.parametrize(
+    ("name", "rule"), [("top_p", {"top_p": 0.9}), ("min_probability", {"top_p": 1.0, "min_probability": 1e-4})]
+)
+def test_a_rule_for_a_mass_target(model, tokenizer, source, name, rule):
+    made = artifact(model, "head", **rule)
     config = dataclasses.replace(CONFIG, save_every=0)
     plain = metrics_of(train_indexer(model, tokenizer, made, [source], config))
-    curve = {point["top_p"]: point for point in plain["curve"]}
-    assert plain["top_p"] == 0.9
-    assert list(curve) == sorted(curve)
+    curve = {point[name]: point for point in plain["curve"]}
+    assert plain[name] == getattr(made.config, name)
+    assert list(curve) == sorted(curve, reverse=name != "top_p")
     masses = [point["mass_kept"] for point in curve.values()]
     assert masses == sorted(masses)
-    assert masses[0] < masses[-1]
-    p = list(curve)[3]
-    target = (curve[p]["mass_kept"] + masses[2]) / 2
+    assert masses[0] < masses[3] < masses[-1]
+    chosen = list(curve)[3]
+    target = (masses[3] + masses[2]) / 2
     done = train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, mass_target=target))
-    assert done.config.top_p == metrics_of(done)["top_p"] == p
-    assert metrics_of(done)["mass_kept"] == pytest.approx(curve[p]["mass_kept"])
-    alone = dataclasses.replace(made, config=dataclasses.replace(made.config, top_p=p))
+    assert getattr(done.config, name) == metrics_of(done)[name] == chosen
+    assert metrics_of(done)["mass_kept"] == pytest.approx(masses[3])
+    alone = dataclasses.replace(made, config=done.config)
     again = metrics_of(train_indexer(model, tokenizer, alone, [source], config))
     assert again["units"] == metrics_of(done)["units"]
-    most = train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, mass_target=0.999999))
-    assert most.config.top_p == list(curve)[-1]
+    most = train_indexer(model, tokenizer, made, [source], dataclasses.replace(config, mass_target=0.9999999))
+    assert getattr(most.config, name) == list(curve)[-1]
 
 
 def test_measuring_everything_selected(model, tokenizer, source):
     made = artifact(model, "head")
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=5)
     indexer = indexer_training.make_indexer(made.heads, head_dim=64, index_dim=8)
-    got = measure(model, indexer, texts, made.heads, 1.0, 48, 4)
+    everything = SparseConfig(window_tokens=48, top_p=1.0, min_probability=0.0)
+    got = measure(model, indexer, texts, made.heads, everything)
     assert got["mass_kept"] == pytest.approx(1.0, abs=1e-5)
     assert got["far_selected_ratio"] == pytest.approx(1.0, abs=1e-2)  # the first far query has nothing far
 

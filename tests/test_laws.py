@@ -231,6 +231,7 @@ def test_random_settings(seed):
     config = SparseConfig(
         window_tokens=draw.choice([1, 2, 3, 7, 12, 20, 40]), sink_tokens=draw.choice([0, 1, 4, 9]),
         index_dim=draw.choice([1, 4, 8]), top_p=draw.choice([0.2, 0.5, 0.8, 0.95, 1.0]),
+        min_probability=draw.choice([0.0, 0.0, 0.03]),
     )  # fmt: skip
     indexer = random_indexer(heads, seed, config.index_dim)
     longest = draw.randint(12, 58)
@@ -345,7 +346,7 @@ def peak_after_a_step(length):
     model(ids[:, :length], use_cache=False, logits_to_keep=1).logits.sum().backward()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-config = SparseConfig(window_tokens=256, sink_tokens=4, index_dim=8, top_p=0.7)
+config = SparseConfig(window_tokens=256, sink_tokens=4, index_dim=8, top_p=0.7, min_probability=0.0)
 with attached(model, heads, config, random_indexer(heads)), borrowed(model):
     before = peak_after_a_step(512)
     print(peak_after_a_step(length) - before)

@@ -23,7 +23,7 @@ VOCABULARY, QUERY_HEADS, KV_HEADS, HEAD_DIM, INDEX_DIM = 97, 6, 3, 16, 8
 ORIGINAL_TOKENS = 64
 """Length that scaled RoPE was made for; "dynamic" and "longrope" change all frequencies beyond it."""
 
-CONFIG = SparseConfig(window_tokens=12, sink_tokens=4, index_dim=INDEX_DIM, top_p=0.7)
+CONFIG = SparseConfig(window_tokens=12, sink_tokens=4, index_dim=INDEX_DIM, top_p=0.7, min_probability=0.0)
 RETRIEVAL = {
     "head": [(0, 1, 2), (), (0, 3, 5)],  # a whole and a mixed KV group; nothing; every KV group mixed
     "group": [(0, 1), (), (2, 3, 4, 5)],

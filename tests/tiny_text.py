@@ -186,11 +186,14 @@ def artifact_for(
     window_tokens: int = 48,
     index_dim: int = 8,
     top_p: float = 0.9,
+    min_probability: float = 0.0,
 ) -> Artifact:
     """A calibrated artefact of `model` with these retrieval heads; those of `copy_model` unless told otherwise."""
     heads = HeadMap(query_heads=4, kv_heads=2, granularity=granularity, retrieval=retrieval)
     base = {"name": "tiny", "revision": None, "head_dim": head_counts(model)[3], "fingerprint": fingerprint(model)}
-    config = SparseConfig(window_tokens=window_tokens, sink_tokens=4, index_dim=index_dim, top_p=top_p)
+    config = SparseConfig(
+        window_tokens=window_tokens, sink_tokens=4, index_dim=index_dim, top_p=top_p, min_probability=min_probability
+    )
     return Artifact(base_model=base, config=config, heads=heads)
 
 

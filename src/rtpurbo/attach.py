@@ -252,7 +252,7 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     Args:
         model: the base model that the artefact was made for.
         artifact: an Artifact, a directory or a hub name.
-        top_p: overrides the artefact's p.
+        top_p: select by this p alone, in place of the artefact's rule.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
@@ -269,7 +269,7 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
-    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p)
+    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p, min_probability=0.0)
     lora = artifact.weights_kind == "lora"
     with (
         adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]

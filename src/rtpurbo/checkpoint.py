@@ -121,7 +121,7 @@ class Artifact:
         weights = raw.get("weights")
         artifact = cls(
             base_model=raw["base_model"],
-            config=from_dict(SparseConfig, raw["sparse"], where="the artefact's sparse section"),
+            config=from_dict(SparseConfig, {"min_probability": 0.0} | raw["sparse"], where="the artefact's sparse section"),
             heads=HeadMap.from_dict(raw["heads"]),
             stages=raw.get("stages", {}),
             indexer=_read_tensors(path, raw["indexer"]) if raw.get("indexer") else None,

@@ -261,7 +261,7 @@ class Generate(OfArtifact):
     dense: bool = False
     """Use the dense model instead, for comparison."""
     top_p_mass: float | None = None
-    """Override the artefact's p (the selection's, not sampling's), in (0, 1]."""
+    """Select by this p alone (the selection's, not sampling's), in (0, 1], in place of the artefact's rule."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -572,7 +572,7 @@ def _table(artifact: Any, path: Path) -> None:
     from .model_card import HEADER, measured_rows, read_evaluation
 
     window = artifact.config.window_tokens
-    table = Table(title=f"{artifact.base_model['name']}, window of {window} tokens, p = {artifact.config.top_p}")
+    table = Table(title=f"{artifact.base_model['name']}, window of {window} tokens, {artifact.config.rule}")
     for column in HEADER:
         table.add_column(column, justify="left" if column == HEADER[0] else "right")
     for row in measured_rows(artifact, read_evaluation(path)):

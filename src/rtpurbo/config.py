@@ -49,11 +49,11 @@ class SparseConfig:
     """First real tokens of a sequence that every head sees (attention sinks)."""
     index_dim: int = 16
     """Dimensions of the learned index projection."""
-    top_p: float = 0.9
-    """Index attention mass that a retrieval head's selection must reach; 1.0 selects everything."""
-    min_probability: float = 0.0
-    """Tokens to which the index gives less of its mass than this are not selected, whatever p asks for; so no query selects
-    more than 1 / min_probability far tokens. 0 for no such limit."""
+    top_p: float = 1.0
+    """Index attention mass at which a query's selection ends, in (0, 1] (paper: 0.9); 1: min_probability alone decides."""
+    min_probability: float = 1e-4
+    """Tokens to which the index gives less of its mass than this are not selected, whatever p asks for, in [0, 1); so no
+    query selects more than 1 / min_probability far tokens. 0 for no such limit (the paper)."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -66,6 +66,13 @@ class SparseConfig:
     def selects(self) -> bool:
         """Whether an index leaves anything out."""
         return self.top_p < 1.0 or self.min_probability > 0.0
+
+    @property
+    def rule(self) -> str:
+        """What a query selects, in words."""
+        parts = [f"p = {self.top_p:g}"] if self.top_p < 1.0 else []
+        parts += [f"index probability at least {self.min_probability:g}"] if self.min_probability > 0.0 else []
+        return " and ".join(parts) or "everything"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +160,8 @@ class IndexerConfig(TrainConfig):
     documents: int = 64
     """Different training documents; their queries and keys are kept in memory while they fit."""
     mass_target: float | None = None
-    """Afterwards set p to the smallest that keeps this share of the attention mass (with window and sinks), in (0, 1)."""
+    """Afterwards select the fewest tokens that keep this share of the attention mass (with window and sinks), in (0, 1):
+    by p where p is below 1, else by min_probability."""
     capture_gib: float = 4.0
     """Memory for captured queries and keys in GiB; documents beyond it are run again when their turn comes."""
 
@@ -183,9 +191,9 @@ class DistillConfig(TrainConfig):
     """Train a PEFT LoRA adapter, or all weights."""
     lora_rank: int = 8
     """Rank of the LoRA adapter on values, attention outputs and MLPs."""
-    answer_weight: float = 0.25
-    """Weight of a document's synthetic answers in its loss, those the dense model gets wrong left out; the other labels
-    share the rest."""
+    answer_weight: float = 0.05
+    """Weight of a document's synthetic answers in its loss (cross-entropy, those the dense model gets wrong left out); the
+    other labels share the rest."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
 

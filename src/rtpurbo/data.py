@@ -431,8 +431,19 @@ def shortest_document(config: TrainConfig, sparse: SparseConfig, length: int, to
     """Tokens below which a stage cuts no document; ValueError when they leave no room for its questions."""
     shortest = config.shortest_tokens or max(SHORTEST_TOKENS, 2 * (sparse.window_tokens + sparse.sink_tokens))
     if config.retrieval_ratio:
-        check_room(min(length, shortest), tokenizer)
+        check_room(min(length, shortest, shortest_piece(shortest)), tokenizer)
     return shortest
+
+
+def shortest_piece(shortest_tokens: int) -> int:
+    """Tokens of the shortest piece with a question of its own: half of a window, so that near questions stay as they
+    were."""
+    return max(SHORTEST_TOKENS, shortest_tokens // 4)
+
+
+def pieces(document: Tensor, *, shortest_tokens: int, rng: random.Random) -> tuple[Tensor, ...]:
+    """The document whole, or cut into 2, 4 or 8 pieces of at least `shortest_tokens`, each with room for a question."""
+    return document.tensor_split(rng.choice([n for n in (1, 2, 4, 8) if n == 1 or len(document) >= n * shortest_tokens]))
 
 
 def shorter(document: Tensor, *, shortest_tokens: int, rng: random.Random) -> Tensor:

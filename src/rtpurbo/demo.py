@@ -22,7 +22,7 @@ def demo_config(seed: int) -> ConvertConfig:
         window_tokens=256,
         calibrate=CalibrateConfig(granularity="group", lengths_tokens=(1024,), documents=6, check_samples=2, seed=seed),
         indexer=IndexerConfig(
-            steps=200, length_tokens=2048, shortest_tokens=1024, documents=24, queries=96, mass_target=0.975, seed=seed
+            steps=150, length_tokens=2048, shortest_tokens=1024, documents=12, queries=96, mass_target=0.985, seed=seed
         ),
         distill=DistillConfig(
             steps=3, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed

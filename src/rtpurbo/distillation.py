@@ -1,16 +1,16 @@
 """Stage 2: self-distillation (paper, section 3.3): distill(model, tokenizer, artifact, ...) -> Artifact.
 
 1. Documents as long as the context, half of them cut to a half or a quarter of it, so that short contexts stay as they
-   were; a share of them with synthetic retrieval questions at their end.
+   were, some joined from pieces; a share of documents and pieces ends with a synthetic retrieval question.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
 3. Labels: random positions (those before the window is full too: training must not spoil what is not sparse) and every
-   synthetic answer that the teacher itself would give (few, so with a weight of their own): what it does not find, nobody
-   learns from it.
+   synthetic answer that the teacher itself would give: what it does not find, nobody learns from it.
    Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
-   so that no mass leaks out of the ten.
+   so that no mass leaks out of the ten. For answers, which are few and known, the cross-entropy, with a weight of their
+   own: learned from text alone, the adapter forgets how to retrieve.
 4. No gradient flows through the selection, and an adapter leaves queries and keys alone: what the index was trained on
    stays as it was. It adapts what comes after the attention weights, values, outputs and MLPs.
-5. Held-out documents of the same mix say whether the KL fell; a stage that did harm says so in its notes.
+5. Held-out documents of the same mix say whether the loss fell; a stage that did harm says so in its notes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint, writing
 from .config import DistillConfig
-from .data import documents, mixed_document, shorter, shortest_document
+from .data import documents, mixed_document, pieces, shorter, shortest_document, shortest_piece
 from .families import document_length, text_attention
 from .training import prepare, stage_inputs, train, trainable_state
 
@@ -78,11 +79,17 @@ def training_batch(
     rows: list[Tensor] = []
     answers: list[set[int]] = []
     for number, text in enumerate(texts, start=first):
-        text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}"))
-        seed = f"{config.seed}:{number}"
-        tokens, places = mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
-        rows.append(tokens)
-        answers.append(set(places))
+        text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}")).clone()
+        cuts = random.Random(f"{config.seed}:pieces:{number}")
+        begin, places = 0, set[int]()
+        for i, piece in enumerate(pieces(text, shortest_tokens=shortest_piece(shortest_tokens), rng=cuts)):
+            seed = f"{config.seed}:{number}:{i}"
+            mixed, asked = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
+            text[begin : begin + len(piece)] = mixed
+            places.update(begin + t for t in asked)
+            begin += len(piece)
+        rows.append(text)
+        answers.append(places)
     length = len(rows[0])
     body = set(random.Random(f"{config.seed}:labels:{step}").sample(range(length - 1), min(config.labels, length - 1)))
     labels = sorted(body.union(*answers))
@@ -150,7 +157,7 @@ def distill(
         world, rank = accelerator.num_processes, accelerator.process_index
 
         def compare(some: list[Tensor], step: int, first: int) -> tuple[Tensor, Tensor]:
-            """Mean KL to the teacher on a batch, and the share of labels on which both prefer the same token."""
+            """Mean loss of a batch, and the share of labels on which teacher and student prefer the same token."""
             batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
             tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
@@ -160,11 +167,12 @@ def distill(
             same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
             agree = (same.sum(-1) / (weights > 0).sum(-1)).mean()
             kl = top_kl(got.flatten(0, 1), want.flatten(0, 1), config.top_logits)
-            return (kl * weights.flatten()).sum() / len(some), agree
+            nll = F.cross_entropy(got.flatten(0, 1).float(), expected.flatten(), ignore_index=-1, reduction="none")
+            return (kl.where(expected.flatten() < 0, nll) * weights.flatten()).sum() / len(some), agree
 
         @torch.no_grad()
-        def held_out_kl() -> float:
-            """Mean KL on the held-out documents; every process sees the same ones."""
+        def held_out_loss() -> float:
+            """Mean loss on the held-out documents; every process sees the same ones."""
             found = [float(compare([text], -1 - i, -1 - i)[0]) for i, text in enumerate(held_out)]
             for module in prepared.modules():
                 if isinstance(module, FSDPModule):  # it may leave weights whole, which no optimiser may see
@@ -181,7 +189,7 @@ def distill(
                 loss, agree = (accelerator.reduce(x, reduction="mean") for x in (loss, agree))
             return {"loss": float(loss), "top1_agreement": float(agree)}
 
-        before = held_out_kl() if config.steps else 0.0
+        before = held_out_loss() if config.steps else 0.0
         history = train(
             prepared,
             step,
@@ -191,7 +199,7 @@ def distill(
             work=work,
             inputs=stage_inputs(artifact, sources),
         )
-        after = held_out_kl() if config.steps else 0.0
+        after = held_out_loss() if config.steps else 0.0
         if config.weights == "lora":  # what the artefact calls its base, not where it lies on this machine
             student.peft_config["default"].base_model_name_or_path = artifact.base_model["name"]
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
@@ -207,8 +215,8 @@ def distill(
     if history:
         tail = history[-max(1, len(history) // 10) :]
         metrics = {
-            "held_out_kl_before": before,
-            "held_out_kl_after": after,
+            "held_out_loss_before": before,
+            "held_out_loss_after": after,
             "loss_first": history[0]["loss"],
             "loss_last": sum(r["loss"] for r in tail) / len(tail),
             "top1_agreement_first": history[0]["top1_agreement"],
@@ -217,7 +225,7 @@ def distill(
         }
         if after > before:
             metrics["notes"].append(
-                f"Distillation did harm: KL to the dense model on held-out documents {before:.3g} -> {after:.3g}. "
+                f"Distillation did harm: loss against the dense model on held-out documents {before:.3g} -> {after:.3g}. "
                 "Use a lower --learning-rate, more steps, or the artefact without this stage."
             )
     return artifact.with_stage("distill", config, metrics, weights_kind=config.weights, weights_path=weights)

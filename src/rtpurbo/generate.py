@@ -26,7 +26,7 @@ def load(
 
     Args:
         artifact: an Artifact, a directory or a hub name.
-        top_p: overrides the artefact's p, in (0, 1].
+        top_p: select by this p alone, in (0, 1], in place of the artefact's rule.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
@@ -41,7 +41,7 @@ def load(
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
-    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p)
+    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p, min_probability=0.0)
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":

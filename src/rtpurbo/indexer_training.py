@@ -41,6 +41,7 @@ CAPTURED_PER_STEP = 4
 MEASURED_DOCUMENTS = 4
 LEAST_WEIGHT = 0.02
 P_GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.975, 0.98, 0.99)
+LEAST_GRID = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 QUESTION_TOKENS = 64
 """Last positions of a document with a question or a repeated span; like the answers, every step uses their queries."""
 
@@ -304,13 +305,10 @@ def train_indexer(
         indexer,
         measured,
         heads,
-        sparse.top_p,
-        sparse.window_tokens,
-        sparse.sink_tokens,
-        min_probability=sparse.min_probability,
+        sparse,
         mass_target=config.mass_target,
     )
-    sparse = replace(sparse, top_p=metrics["top_p"])
+    sparse = replace(sparse, top_p=metrics["top_p"], min_probability=metrics["min_probability"])
     metrics["loss_first"], metrics["loss_last"] = (history[0]["loss"], history[-1]["loss"]) if history else (None, None)
     return artifact.with_stage("train_indexer", config, metrics, indexer=trainable_state(indexer), config=sparse)
 
@@ -322,37 +320,42 @@ def _shuffled(turn: int, count: int, seed: int) -> int:
     return order[turn % count]
 
 
+def selection_rules(sparse: SparseConfig) -> list[tuple[float, float]]:
+    """(p, least probability) to choose from, the one of `sparse` among them, in the order of what they select."""
+    if sparse.top_p < 1.0:
+        return [(p, sparse.min_probability) for p in sorted({sparse.top_p, *P_GRID})]
+    return [(1.0, least) for least in sorted({sparse.min_probability, *LEAST_GRID}, reverse=True)]
+
+
 @torch.no_grad()
 def measure(
     model: Any,
     indexer: nn.ModuleDict | dict[str, Tensor],
     texts: list[Tensor],
     heads: HeadMap,
-    top_p: float,
-    window_tokens: int,
-    sink_tokens: int,
+    sparse: SparseConfig,
     *,
-    min_probability: float = 0.0,
     queries: int = 128,
     mass_target: float | None = None,
 ) -> dict[str, Any]:
     """How well an index finds what full attention looks at, on queries that have something far to look at.
 
     Args:
-        mass_target: use the smallest p of `P_GRID` that keeps this attention mass (the largest if none does) instead of
-            `top_p`.
+        mass_target: instead of the rule of `sparse` use the one of `selection_rules` that selects least and keeps this
+            attention mass (the one that selects most if none does).
 
     Returns:
         Means over all units, and per unit ("units": layer, unit, ...): "kl" in nats, window and sinks as one class;
         "mass_kept", full attention mass on selected tokens, window and sinks; "far_selected_ratio", share of the tokens
-        outside window and sinks that was selected; "tokens_selected", their number. "top_p" is the p used, "curve" the
-        means at every p of the grid.
+        outside window and sinks that was selected; "tokens_selected", their number. "top_p" and "min_probability" are the
+        rule used, "curve" the means under every rule.
     """
     if isinstance(indexer, dict):
         dim = next(iter(indexer.values())).shape[1]
         indexer = indexer_from_state(indexer, heads, head_dim=head_counts(model)[3], index_dim=dim).to(model.device)
     names = ("kl", "mass_kept", "far_selected_ratio", "tokens_selected")
-    grid = sorted({top_p, *P_GRID})
+    rules = selection_rules(sparse)
+    window_tokens, sink_tokens = sparse.window_tokens, sparse.sink_tokens
     sums: dict[tuple[int, int], Tensor] = {}
     for number, tokens in enumerate(track(texts, total=len(texts), what="Measuring the index")):
         low = min(window_tokens + sink_tokens, len(tokens) - 1)
@@ -364,19 +367,22 @@ def measure(
             far = far_slots(c.rows, len(tokens), window_tokens, sink_tokens)
             near = ~far  # later tokens too, which hold no attention
             kl, values = kl_divergence(target, scores, far=far), []
-            for p in grid:
-                selected = scores >= top_p_threshold(scores, p, min_probability)
+            for rule in rules:
+                selected = scores >= top_p_threshold(scores, *rule)
                 mass = (target * (selected | near)).sum(-1).mean(-1)
                 chosen = (selected & far).sum(-1).float()
                 share = (chosen / far.sum(-1).clamp(min=1)).mean(-1)
                 values.append(torch.stack([kl, mass, share, chosen.mean(-1)], -1))  # [U, 4]
-            for unit, row in enumerate(torch.stack(values, 1).cpu()):  # [p, 4]
-                sums[layer, unit] = sums.get((layer, unit), torch.zeros(len(grid), 4)) + row / len(texts)
+            for unit, row in enumerate(torch.stack(values, 1).cpu()):  # [rules, 4]
+                sums[layer, unit] = sums.get((layer, unit), torch.zeros(len(rules), 4)) + row / len(texts)
     means = torch.stack(list(sums.values())).mean(0)
-    curve = [{"top_p": p, **dict(zip(names, row.tolist(), strict=True))} for p, row in zip(grid, means, strict=True)]
+    curve = [
+        {"top_p": p, "min_probability": least, **dict(zip(names, row.tolist(), strict=True))}
+        for (p, least), row in zip(rules, means, strict=True)
+    ]
+    at = rules.index((sparse.top_p, sparse.min_probability))
     if mass_target is not None:
-        top_p = next((point["top_p"] for point in curve if point["mass_kept"] >= mass_target), grid[-1])
-    at = grid.index(top_p)
+        at = next((i for i, point in enumerate(curve) if point["mass_kept"] >= mass_target), len(curve) - 1)
     per_unit = [
         {"layer": layer, "unit": unit, **dict(zip(names, rows[at].tolist(), strict=True))}
         for (layer, unit), rows in sorted(sums.items())

@@ -310,7 +310,7 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     }
     yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items())
     heads = artifact.heads
-    index = f"selects far tokens with p = {artifact.config.top_p:g}" if artifact.indexer is not None else "none yet"
+    index = f"selects far tokens with {artifact.config.rule}" if artifact.indexer is not None else "none yet"
     weights = {"lora": "a LoRA adapter", "full": "a whole model"}.get(artifact.weights_kind or "", "none yet")
     rows = measured_rows(artifact, evaluation)
     lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]

@@ -48,10 +48,11 @@ class SparseOptions:
     """First real tokens of a sequence that every head sees."""
     index_dim: int = 16
     """Dimensions of the learned index projection."""
-    top_p: float = 0.9
-    """Index attention mass that a selection must reach, in (0, 1]; index training may choose it (mass-target)."""
-    min_probability: float = 0.0
-    """Tokens with less of the index mass than this are never selected, in [0, 1); 0: p alone decides."""
+    top_p: float = 1.0
+    """Index attention mass at which a selection ends, in (0, 1] (the paper: 0.9); 1: min-probability alone decides."""
+    min_probability: float = 1e-4
+    """Tokens with less of the index mass than this are never selected, in [0, 1) (the paper: 0); index training may choose
+    it (mass-target)."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded

@@ -113,7 +113,7 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
             if dense[key]:
                 what = f"the dense {what} at {card.tokens(dense['length_tokens'])}"
                 tiles.append((f"{found[key] / dense[key]:.2f} ×", what))
-    index = f"the far tokens that a {sparse.index_dim}-dimensional index selects with p = {sparse.top_p:g}"
+    index = f"the far tokens that a {sparse.index_dim}-dimensional index selects with {sparse.rule}"
     summary = f"{_table(card.HEADER, rows, 'rows')}<p class=caption>{escape(card.CAPTION)}</p>" if rows else ""
     sections = {
         "Dense and sparse": _notes(card.gaps(artifact, evaluation)) + summary,
@@ -257,7 +257,7 @@ def _curves(stage: str, artifact: Artifact, curves: dict[str, list[dict[str, flo
 
 def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
     """Attention mass recalled against tokens selected, a mark per index unit."""
-    traces, p = [], artifact.config.top_p
+    traces = []
     for when, index, symbol, color in (
         ("after training", artifact.stages.get("train_indexer", {}).get("metrics"), "circle-open", DENSE),
         ("evaluation", evaluation.get("index"), "circle", SPARSE),
@@ -270,12 +270,11 @@ def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
             marker = {"symbol": symbol, "color": color, "size": 8, "opacity": 0.75}
             traces.append({**trace, "mode": "markers", "marker": marker, "showlegend": True})
     caption = (
-        "Each mark is one selection. Best is the top left, much attention mass found with few tokens; those far below "
-        f"p = {p:g} (dashed) miss part of what full attention reads."
+        "Each mark is one selection. Best is the top left, much attention mass found with few tokens; low ones miss part of "
+        "what full attention reads."
     )
     x, y = {"title": "far tokens selected per query", "rangemode": "tozero"}, {"title": "mass recalled", "tickformat": ".0%"}
-    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": p, "y1": p, "line": {"color": MARK, "dash": "dash"}}
-    return _figure("index-units", caption, traces, x=x, y=y, height=360, shapes=[line]) if traces else ""
+    return _figure("index-units", caption, traces, x=x, y=y, height=360) if traces else ""
 
 
 def _needles(results: list[dict[str, Any]]) -> str:

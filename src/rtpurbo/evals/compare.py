@@ -103,16 +103,12 @@ def evaluate(
                     result["speed"][name] = measure_decode(ready, prompt, new_tokens=config.decode_tokens)
         if config.fidelity_documents and artifact.indexer is not None:
             with switch("sparse") as ready:
-                sparse = artifact.config
                 result["index"] = measure(
                     ready,
                     artifact.indexer,
                     texts,
                     artifact.heads,
-                    sparse.top_p,
-                    sparse.window_tokens,
-                    sparse.sink_tokens,
-                    min_probability=sparse.min_probability,
+                    artifact.config,
                 )
         if config.tasks:
             from .harness import run_tasks
