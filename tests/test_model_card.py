@@ -248,6 +248,16 @@ def test_push_uploads_artefact_and_card(tmp_path, monkeypatch):
     assert not [name for name, content in files.items() if b"secret" in content]
 
 
+def test_push_names_no_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    artifact = with_indexer(calibrated())
+    path = str(tmp_path / "somebody" / "my-model")
+    dataclasses.replace(artifact, base_model={**artifact.base_model, "name": path}).push_to_hub("me/sparse")
+    files = FakeHub.calls[1][2]
+    assert json.loads(files["rtpurbo_config.json"])["base_model"]["name"] == "my-model"
+    assert not [name for name, content in files.items() if b"somebody" in content]
+
+
 def test_load_by_hub_name(tmp_path, monkeypatch):
     artifact = with_adapter(with_indexer(calibrated()), tmp_path / "adapter")
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)

