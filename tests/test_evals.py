@@ -348,7 +348,7 @@ def test_the_method_end_to_end(tokenizer, source, tmp_path, monkeypatch, granula
     Path(source).write_text(prose(20000, sentences=15))  # sentences come again, as things do in real text
     model = copy_model()
     before = everything_of(model)
-    sparse = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16, top_p=0.9)
+    sparse = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16, top_p=0.9, min_probability=0.0)
     settings = CalibrateConfig(
         lengths_tokens=(448,), documents=6, retrieval_ratio=0.125 if granularity == "head" else 0.25, granularity=granularity
     )

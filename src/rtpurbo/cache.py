@@ -140,8 +140,8 @@ class SparseLayer(CacheLayerMixin):
         """
         if index_k is not None and len(self._buffers.get("index_k", ())) != self._length:
             raise ValueError(
-                "Some tokens of this cache have no index keys: they were written with top_p=1 or without an indexer. "
-                "Start a new cache to select with top_p below 1."
+                "Some tokens of this cache have no index keys: they were written while everything was selected, or "
+                "without an indexer. Start a new cache to select."
             )
         new = {"index_k": index_k} if index_k is not None else {}
         if self.is_split:
