@@ -313,7 +313,7 @@ def check_choice(
         notes.append(f"The dense model answers only {before:.0%} of the needle questions at {length} tokens itself.")
     elif after < 0.9 * before:
         notes.append(
-            f"The chosen heads lose retrieval: {before:.0%} -> {after:.0%} at {length} tokens. Choose a larger "
-            "--retrieval-ratio or --window-tokens, or calibrate on more documents."
+            f"The chosen heads lose retrieval: {before:.0%} -> {after:.0%} of {len(samples)} questions at {length} tokens. "
+            "Choose a larger --retrieval-ratio or --window-tokens, or calibrate on more documents."
         )
     return {"length_tokens": length, "samples": len(samples), "dense": before, "chosen_heads": after}, notes
