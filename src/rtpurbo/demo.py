@@ -25,10 +25,10 @@ def demo_config(seed: int) -> ConvertConfig:
             granularity="group", retrieval_ratio=0.25, lengths_tokens=(1024,), documents=6, check_samples=2, seed=seed
         ),
         indexer=IndexerConfig(
-            steps=200, length_tokens=2048, shortest_tokens=1024, documents=8, queries=96, mass_target=0.98, seed=seed
+            steps=200, length_tokens=2048, shortest_tokens=1024, documents=7, queries=64, mass_target=0.98, seed=seed
         ),
         distill=DistillConfig(
-            steps=3, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed
+            steps=2, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed
         ),
         evaluate=EvalConfig(
             lengths_tokens=(1024, 2048), samples=(4, 8), kinds=("single",), loss_documents=2, loss_length_tokens=2048,
