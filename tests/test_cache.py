@@ -322,9 +322,7 @@ def test_tokens_without_index_keys_are_refused():
             cache, _ = filled_cache(model, tokens(length))
         with (
             attached(model, heads, CONFIG, random_indexer(heads)),
-            refused(
-                r"no index keys: they were written while everything was selected, or without an indexer\. Start a new"
-            ),
+            refused(r"no index keys: they were written while everything was selected, or without an indexer\. Start a new"),
         ):
             model(tokens(2), **{CACHE: cache})
 

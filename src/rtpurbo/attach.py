@@ -260,7 +260,6 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     Raises:
         ValueError: the artefact was made for other weights, or holds full weights (use `rtpurbo.load`).
     """
-    import dataclasses
 
     from .checkpoint import Artifact, check_fingerprint
 
@@ -269,7 +268,7 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
-    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p, min_probability=0.0)
+    config = artifact.config.by_p(top_p)
     lora = artifact.weights_kind == "lora"
     with (
         adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]

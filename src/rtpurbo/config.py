@@ -67,6 +67,10 @@ class SparseConfig:
         """Whether an index leaves anything out."""
         return self.top_p < 1.0 or self.min_probability > 0.0
 
+    def by_p(self, top_p: float | None) -> SparseConfig:
+        """The same with this p as its whole rule; unchanged for None."""
+        return self if top_p is None else dataclasses.replace(self, top_p=top_p, min_probability=0.0)
+
     @property
     def rule(self) -> str:
         """What a query selects, in words."""

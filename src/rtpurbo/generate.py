@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
@@ -41,7 +40,7 @@ def load(
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
-    config = artifact.config if top_p is None else dataclasses.replace(artifact.config, top_p=top_p, min_probability=0.0)
+    config = artifact.config.by_p(top_p)
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":

@@ -51,11 +51,11 @@ def top_p_threshold(scores: Tensor, top_p: float, min_probability: float = 0.0) 
 
     steps = torch.zeros_like(best)
     bit = GRID_STEPS // 2
-    while bit:  # binary search for the first number of steps whose mass is large enough
+    while bit and top_p < 1.0:  # binary search for the first number of steps whose mass is large enough
         steps = torch.where(mass(steps + (bit - 1)) < needed, steps + bit, steps)
         bit //= 2
     if top_p >= 1.0:
-        steps = torch.full_like(best, GRID_STEPS - 1)
+        steps += GRID_STEPS - 1
     if min_probability > 0.0:
         steps = torch.minimum(steps, torch.floor(-torch.log(min_probability * total) / STEP_NATS))
     return (best - steps.clamp(min=1)) * STEP_NATS
