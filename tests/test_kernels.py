@@ -399,6 +399,7 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
               "PADDED": True, "RAGGED": True}
     decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE}
     decode |= {"HEADS": 8, "AT_ONCE": 16, "T": decode_kernels.KEY_TILE, "SELECT": True, "ONE_ROW": True}
+    decode["OVERLAP"] = capability >= 90
     sizes.append(compiled("_score", capability, d=16, D=16, TILE=decode_kernels.SCORE_TILE, **decode))
     for page, units in ((0, 1), (0, 3), (16, 2)):
         sizes.append(compiled("_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, PAGE=page, **decode))

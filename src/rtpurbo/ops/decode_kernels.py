@@ -6,7 +6,8 @@
    gathered) of every KV head, all query heads of its group together, so that keys and values are read once. The last
    split of a KV head to finish combines them by their log-sum-exp.
 
-Nothing is copied to the host and all shapes are static, so that a CUDA graph may hold both launches.
+From Hopper on the second launch starts while the first one runs, and its far splits wait for the scores. Nothing is copied
+to the host and all shapes are static, so that a CUDA graph may hold both launches.
 
 Shapes: B batch, Hkv KV heads, of which the first F *rows* are full and the others local, G query heads of each, N key
 slots, D head dimension, U index units, d index dimension. Keys lie contiguous per head, or in pages.
@@ -23,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import LEAST_DOT, LOG2E, _add_tile, _flags, _on
 from .select import GRID_STEPS, STEP_NATS, leaves_out
@@ -62,9 +64,11 @@ def _score(
     p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
     units, slots, width, span, splits, top_p, min_probability, s_kb, s_ku, s_kn,
     d: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr,
+    PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid scores of `span` tokens of one unit, and their histogram; the last one to finish finds the unit's threshold."""
+    if OVERLAP:
+        gdc_launch_dependents()
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, unit = row // units, row % units
     length = slots
@@ -183,6 +187,7 @@ def _attend(
     D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr,
     SELECT: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, ONE_ROW: tl.constexpr, LOWEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one row (KV head) for all its query heads; the last one to finish combines the row's splits."""
     pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -232,6 +237,9 @@ def _attend(
             b_k = tl.load(p_sk + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
             b_v = tl.load(p_sv + o_n[:, None] + o_d, mask=m_old[:, None], other=0.0)
         peak, total, acc = _add_tile(b_q, b_k, b_v, m_old[None, :] & m_g[:, None], peak, total, acc, scale)
+    if OVERLAP:  # noqa: SIM102
+        if is_far:
+            gdc_wait()  # for the scores; the window needs none
     start = tl.where(is_near, edge + split * NEAR, (split - near) * span)
     stop = tl.where(is_near, tl.minimum(start + NEAR, length), tl.minimum(start + span, edge))
     for round in range(0, stop - start, FAR):
@@ -336,8 +344,8 @@ def _roles(kv_rows: tuple[int, ...], full_rows: int, head_units: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros. Launches that share them must follow each other on one stream."""
+def _counters(device: torch.device, count: int, kernel: str) -> Tensor:
+    """Zeros of one kernel, which every launch leaves as zeros. Its launches must follow each other on one stream."""
     with torch.inference_mode(False):
         return torch.zeros(count, dtype=torch.int32, device=device)
 
@@ -347,6 +355,12 @@ def _cut(length: int, tile: int, most: int) -> tuple[int, int]:
     tiles = max(1, -(-length // tile))
     span = -(-tiles // max(1, min(most, tiles)))
     return span * tile, -(-tiles // span)
+
+
+@lru_cache(maxsize=64)
+def _overlaps(device: torch.device) -> bool:
+    """Whether the second launch may start before the first one ends (programmatic dependent launch, Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _width(slots: int) -> int:
@@ -386,10 +400,10 @@ def thresholds(
     with _on(index_q):
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
-            tops, _counters(device, batch * units * (PARTS + 1)), least, units, slots, width, span, splits,
+            tops, _counters(device, batch * units * (PARTS + 1), "score"), least, units, slots, width, span, splits,
             top_p if top_p < 1.0 else 2.0, min_probability, *index_k.stride()[:3],
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
-            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, num_warps=8,
+            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, OVERLAP=_overlaps(device), num_warps=8,
         )  # fmt: skip
     return bins[..., :slots], least
 
@@ -463,7 +477,7 @@ def decode_attention(
     acc = torch.empty(batch, rows, near + far + PARTS, group, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch, rows, near + far + PARTS, group, 2, dtype=torch.float32, device=device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    heads = triton.next_power_of_2(group)
+    heads, overlap = triton.next_power_of_2(group), select and _overlaps(device)
     both = (full_k, local_k)
     strides = [(0, x.stride(2), x.stride(1)) if page else x.stride()[:3] for x in both]
     with _on(q):
@@ -471,13 +485,14 @@ def decode_attention(
             q.contiguous(), full_k, full_v, local_k, local_v, sink_k.contiguous(), sink_v.contiguous(), sinks, bins, least,
             chosen, roles.heads, roles.row_units, roles.head_units, sinks if lengths is None else lengths,
             _flags(real, slots, sinks), *tables, acc, ml,
-            _counters(device, batch * rows * (PARTS + 1)), out,
+            _counters(device, batch * rows * (PARTS + 1), "attend"), out,
             rows, full_rows, units, slots, width, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
             tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
             D=dim, G=group, GROUP=max(LEAST_DOT, heads), HEADS=heads,
             AT_ONCE=max(1, min(PARTS, HELD_VALUES // (heads * dim))),
             S=max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])), R=per_row, NEAR=near_tokens, FAR=FAR_TILE,
             T=KEY_TILE, PARTS=PARTS, PAGE=page, SELECT=select, PADDED=real is not None,
-            RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, num_warps=4,
+            RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, OVERLAP=overlap, num_warps=4,
+            **{"launch_pdl": True} if overlap else {},
         )  # fmt: skip
     return out
