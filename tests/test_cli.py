@@ -1,8 +1,10 @@
 """The command line: every command on a tiny model, its frozen surface, and one sentence for every bad input."""
 
 import contextlib
+import errno
 import io
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rtpurbo import cli
+from rtpurbo import checkpoint, cli, demo, distillation
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.config import DistillConfig
 from rtpurbo.pipeline import convert
@@ -109,6 +111,69 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
     assert len(re.findall(r"tokens/s ", out)) >= 2
 
 
+def test_a_long_prompt_is_read_in_pieces(tmp_path, model_dir, converted, monkeypatch):
+    from rtpurbo.evals import speed
+
+    (tmp_path / "book.txt").write_text("a book about all and any city " * 20)
+    command = ("generate", converted, "--prompt-file", tmp_path / "book.txt", "--max-new-tokens", 5)
+    whole = run(*command)
+    monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 37)
+    read = []
+    forward = distillation.torch.nn.Module.__call__
+
+    def watched(self, *args, **kwargs):
+        if type(self).__name__.endswith("ForCausalLM"):
+            read.append((args[0] if args else kwargs["input_ids"]).shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(distillation.torch.nn.Module, "__call__", watched)
+    assert run(*command)[:2] == whole[:2]
+    assert read[:2] == [37, 37]
+
+
+def test_demo(tmp_path, model_dir, source, monkeypatch):
+    """The demo's own path, at tiny sizes: conversion, question, table, report."""
+    monkeypatch.setattr(demo, "demo_config", lambda seed: SMALL)
+    monkeypatch.setattr(demo, "SOURCES", (str(source),))
+    monkeypatch.setattr(demo, "HELDOUT", (str(source),))
+    monkeypatch.setattr(demo, "QUESTION_TOKENS", 256)
+    out = tmp_path / "demo"
+    code, text, err = run("demo", "--model", model_dir, "-o", out)
+    assert code == 0, err
+    for part in ("right answer: ", "dense says: ", "sparse says: ", "single needle, 192 tokens", "KV cache", "decode"):
+        assert part in text
+    assert f"Report: {out / 'report.html'}" in text
+    assert (out / "report.html").is_file()
+    code, _, err = run("demo", "--model", model_dir, "-o", out)
+    assert code == 0, err
+    assert err.count("finished before, kept") == 4
+
+
+def test_a_loss_that_is_no_number_and_a_full_disk(tmp_path, model_dir, source, converted, monkeypatch):
+    """Both end a command with one sentence, and leave the artefact as it was."""
+    out = tmp_path / "out"
+    shutil.copytree(converted, out)
+    before = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    command = ("distill", out, "--sources", source, "--length-tokens", 160, "--steps", 2, "--labels", 8, "--lora-rank", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "top_kl", lambda student, *args: student.sum(-1) * float("nan"))
+        assert re.search(r"nan|NaN", fails(*command))
+    with monkeypatch.context() as patch:
+
+        def full(*args):
+            raise OSError(errno.ENOSPC, "No space left on device", str(out / CONFIG_FILE))
+
+        patch.setattr(checkpoint, "_sync", full)
+        assert fails(*command).startswith("the disk is full")
+    assert {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()} == before
+
+
+def test_an_evaluation_that_is_refused_leaves_nothing(tmp_path, converted, source):
+    beyond = ("eval", converted, "--sources", source, "--lengths-tokens", 100_000, "-o", tmp_path / "new")
+    assert "beyond the model's context" in fails(*beyond)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_stages_one_by_one(tmp_path, model_dir, source):
     out = tmp_path / "out"
     code, text, err = run(
@@ -203,6 +268,8 @@ def test_artefacts_that_cannot_be_used(tmp_path, model_dir, source, converted):
     cut = variant("cut")
     file = next(cut.glob("rtpurbo_indexer.*"))
     file.write_bytes(file.read_bytes()[:100])
+    assert "is damaged" in fails("info", cut)
+    file.write_bytes(pickle.dumps({"layers.0.query": [0.0]}))
     assert "is damaged" in fails("info", cut)
 
 

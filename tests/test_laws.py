@@ -1,8 +1,8 @@
 """The exact laws of sparse attention, for every family and RoPE scaling, cached or not, chunked or not, ragged or not.
 
-Window >= length equals dense; p = 1 with every head a retrieval head equals dense; p = 1 with a head map equals dense
-retrieval heads + window; and token by token equals all at once. Models run in float64, so that a token whose score
-lies at the edge of the selection is on the same side of it in both computations.
+Window >= length equals dense; p = 1 (no least probability either) with every head a retrieval head equals dense;
+p = 1 with a head map equals dense retrieval heads + window; and token by token equals all at once. Models run in
+float64, so that a token whose score lies at the edge of the selection is on the same side of it in both computations.
 
 "dynamic" and "longrope" RoPE change all frequencies once a sequence outgrows ORIGINAL_TOKENS, but not those of keys
 that are cached already: there even the dense model gives other results with a cache than without. For all kinds the

@@ -52,7 +52,38 @@ def content(path):
     artifact = Artifact.load(path)
     weights = {f.name: f.read_bytes() for f in artifact.weights_path.glob("*.safetensors")}
     indexer = {name: t.tolist() for name, t in artifact.indexer.items()}
-    return json.loads((path / CONFIG_FILE).read_text()), indexer, weights
+    metrics = {f.name: f.read_text() for f in (path / "metrics").glob("*")}
+    return json.loads((path / CONFIG_FILE).read_text()), indexer, weights, metrics
+
+
+def test_a_run_killed_between_metrics_and_artefact_has_both_in_the_end(tmp_path, source, monkeypatch):
+    run(tmp_path / "whole", source)
+    save = Artifact.save
+
+    def killed(self, path):
+        if "train_indexer" in self.stages:
+            raise KeyboardInterrupt
+        save(self, path)
+
+    monkeypatch.setattr(Artifact, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", source)
+    monkeypatch.undo()
+    run(tmp_path / "out", source)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_conversion_says_what_its_stages_found(tmp_path, source, capsys):
+    for again in (False, True):  # kept stages say it again
+        artifact = run(tmp_path / "out", source)
+        said = capsys.readouterr().err
+        assert ("calibrate: finished before, kept" in said) == again
+        assert str(artifact.heads) in said
+        assert "of the retrieval heads are the same" in said
+        notes = [note for stage in artifact.stages.values() for note in stage["metrics"].get("notes", [])]
+        assert notes, "a random model cannot retrieve, and is told so"
+        for note in notes:
+            assert f"Note: {note}" in said
 
 
 def test_a_second_run_finds_its_stages(tmp_path, source, capsys):

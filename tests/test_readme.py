@@ -4,10 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import rtpurbo
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "artefacts" / "smollm2-135m-8k"
 
 
 def test_table_is_made_from_the_results():
@@ -24,8 +26,18 @@ def test_first_command_within_twenty_lines():
     assert any(line.startswith("make demo") for line in lines)
 
 
+def test_shipped_artefact_runs():
+    """On the embedded weights: their fingerprint on every Transformers version, and a prompt beyond the window."""
+    model, tokenizer = rtpurbo.load(SHIPPED)
+    text = "The museum closes at five. " * 200 + "\nQuestion: when does the museum close? Answer: at"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.shape[1] > 1100
+    out = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(out[0, ids.shape[1] :]).strip() == "five"
+
+
 def test_shipped_artefact():
-    path = ROOT / "artefacts" / "smollm2-135m-8k"
+    path = SHIPPED
     artifact = Artifact.load(path)
     assert artifact.base_model["name"] == "smollm2-135m"
     assert artifact.weights_kind == "lora"

@@ -246,10 +246,10 @@ def find_artifact(source: str | os.PathLike[str], revision: str | None = None) -
 
 
 def check_output(path: Path) -> None:
-    """ValueError when `path` exists and is neither empty nor an artefact (finished or in the making)."""
+    """ValueError when `path` exists and is neither empty nor an artefact, nor left behind by a conversion."""
     if path.is_file():
         raise ValueError(f"Output {str(path)!r} is a file; expected a directory.")
-    if not path.is_dir() or (path / CONFIG_FILE).is_file() or (path / WORK_DIR / CONFIG_FILE).is_file():
+    if not path.is_dir() or (path / CONFIG_FILE).is_file():
         return
     foreign = sorted(e.name for e in path.iterdir() if e.name != WORK_DIR and not _OURS.fullmatch(e.name))
     if foreign:

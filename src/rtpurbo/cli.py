@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from .checkpoint import atomic_path, write_json
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from .pipeline import HELDOUT, TRAINING, ConvertConfig, SparseOptions, say
 
@@ -133,8 +134,7 @@ class Calibrate(OfModel, SparseOptions, CalibrateConfig):
         from .calibration import calibrate
         from .checkpoint import check_output
         from .families import context_tokens
-        from .model_card import overlap_sentence
-        from .pipeline import save_stage
+        from .pipeline import findings, save_stage
 
         output = self.output or Path("out")
         check_output(output)
@@ -144,11 +144,8 @@ class Calibrate(OfModel, SparseOptions, CalibrateConfig):
         artifact = calibrate(model, tokenizer, self.sources, settings, sparse, model_name=self.model, revision=self.revision)
         save_stage(output, "calibrate", artifact, self.sources)
         metrics = artifact.stages["calibrate"]["metrics"]
-        _out(str(artifact.heads))
-        if overlap := overlap_sentence(metrics):
-            _out(overlap)
-        for note in metrics["notes"]:
-            _out(f"Note: {note}")
+        for line in findings(artifact, "calibrate"):
+            _out(line)
         _out(f"Saved to {output}. Next: rtpurbo train-indexer {output}")
         return {"heads": artifact.heads.to_dict(), **metrics}
 
@@ -189,7 +186,7 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     from accelerate import Accelerator
 
     from .checkpoint import WORK_DIR, Artifact, check_output
-    from .pipeline import save_stage
+    from .pipeline import findings, save_stage
 
     output = command.output or command.artifact
     check_output(output)
@@ -207,8 +204,8 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     for key, value in metrics.items():
         if isinstance(value, (int, float)):
             _out(f"{key:24s} {value:.4g}")
-    for note in metrics.get("notes", []):
-        _out(f"Note: {note}")
+    for line in findings(artifact, name):
+        _out(line)
     _out(f"Saved to {output}. Next: rtpurbo {following} {output}")
     return metrics
 
@@ -234,7 +231,6 @@ class Eval(OfArtifact, EvalConfig):
             raise ValueError(f"Output {str(output)!r} is a file; expected a directory for {EVAL_FILE}.")
         artifact = Artifact.load(path)
         model, tokenizer = self.load_base(artifact)
-        output.mkdir(parents=True, exist_ok=True)
         settings = _part(self, EvalConfig)
         result = verify(model, tokenizer, artifact, output, self.sources, settings)
         _table(artifact, output)
@@ -281,6 +277,7 @@ class Generate(OfArtifact):
         if self.dense:
             model, tokenizer = self.load_base(Artifact.load(self.artifact))
         else:
+            say(f"Loading {self.artifact}")
             model, tokenizer = load(
                 self.artifact,
                 top_p=self.top_p_mass,
@@ -293,7 +290,8 @@ class Generate(OfArtifact):
         torch.manual_seed(self.seed)
         reply, speed = stream(model, tokenizer, ids, self.max_new_tokens, self.temperature)
         if self.output:
-            self.output.write_text(reply)
+            with atomic_path(self.output) as temporary:
+                temporary.write_text(reply)
         return {"prompt_tokens": len(ids), "text": reply, **speed}
 
 
@@ -309,7 +307,9 @@ def stream(
     from transformers import DynamicCache, TextStreamer
 
     from .cache import CACHE, cache_bytes
+    from .evals.speed import PREFILL_CHUNK_TOKENS
     from .families import context_tokens
+    from .progress import track
 
     context = context_tokens(model)
     if len(ids) + max_new_tokens > context:
@@ -319,6 +319,11 @@ def stream(
         )
     tokens = torch.tensor([ids], device=model.device)
     cache = DynamicCache(config=model.config)
+    pieces = tokens[:, :-1].split(PREFILL_CHUNK_TOKENS, 1)
+    if len(pieces) > 1:  # long enough to wait for
+        with torch.inference_mode():
+            for piece in track(pieces, total=len(pieces), what=f"Reading {len(ids)} tokens"):
+                model(piece, **{CACHE: cache}, logits_to_keep=1)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(
         tokens,
@@ -385,7 +390,7 @@ class Info(Common):
         for key, value in result.items():
             _out(f"{key:34s} {value}")
         if self.output:
-            self.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(self.output, result)
         return result
 
 
@@ -401,7 +406,7 @@ class Doctor(Common):
         for key, value in result.items():
             _out(f"{key:24s} {value}")
         if self.output:
-            self.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(self.output, result)
         if not result["self_test_passed"]:
             raise ValueError("The self-test failed: sparse attention differs from its reference on this machine.")
         return result
@@ -434,7 +439,7 @@ class Bench(OfArtifact):
         """Measure and print a line per length."""
         result = self.of_layer() if self.artifact is None else self.of_model(self.artifact)
         if self.output:
-            self.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(self.output, result)
         return result
 
     def of_model(self, name: str) -> Any:
@@ -593,11 +598,9 @@ def main(arguments: list[str] | None = None) -> int:
         _check_files(command)
         result = command.run()
         if command.json is not None:
-            from .checkpoint import write_json
-
             write_json(command.json, result)
     except KeyboardInterrupt:
-        say("rtpurbo: stopped; the same command goes on where it was.")
+        say("rtpurbo: stopped; the same command goes on from its last finished stage or saved training state.")
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         say(f"rtpurbo: error: {explain(error)}")

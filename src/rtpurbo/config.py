@@ -131,7 +131,7 @@ class TrainConfig:
     batch_size: int = 1
     """Documents per step and process."""
     save_every: int = 50
-    """Steps between two saved states, from which a killed run goes on; 0 saves none."""
+    """Steps between two saved states, from which a killed run goes on, and two writes of the metrics; 0 for neither."""
     seed: int = 0
     """Seed of documents, sampled positions and the optimiser."""
 

@@ -6,8 +6,8 @@
    ones.
 2. Start from a closed form: the best rank-d approximation, in the whitened space of queries and keys, of the regression
    from pre-RoPE queries and keys to the attention logits.
-3. Each step: one document per process, a fresh sample of its queries; KL from the head's full attention to the softmax
-   of the index scores, layer by layer; AdamW.
+3. Each step: `batch_size` documents per process, a fresh sample of their queries; KL from the head's full attention to the
+   softmax of the index scores, layer by layer; AdamW.
 4. Measure on documents of another seed: KL, attention mass recalled at p, tokens selected, per head and layer.
 
 Shapes: U index units of a layer, S query heads per unit, m sampled queries, N tokens, D head dimension, d index dimension.

@@ -1,7 +1,7 @@
 """The whole conversion: calibrate -> train the index -> distil -> verify, each stage kept as soon as it is finished.
 
 A run that was stopped anywhere goes on where it stopped: a finished stage is recognised by its settings and inputs, an
-unfinished one by its state in `OUT/work`.
+unfinished one by its state in `OUT/.rtpurbo-work`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE, STAGES, WORK_DIR, Artifact, check_fingerprint, check_output, sweep, write_json
+from .checkpoint import (
+    CONFIG_FILE,
+    STAGES,
+    WORK_DIR,
+    Artifact,
+    atomic_path,
+    check_fingerprint,
+    check_output,
+    sweep,
+    write_json,
+)
 from .config import (
     LONGEST_TOKENS,
     CalibrateConfig,
@@ -28,8 +38,9 @@ from .config import (
 )
 from .data import check_source
 from .families import check_index_dim, check_lengths, context_tokens, document_length, head_counts
-from .model_card import read_evaluation
+from .model_card import overlap_sentence, read_evaluation
 from .models import fingerprint
+from .training import METRICS_FILE
 
 EVAL_FILE = "eval.json"
 METRICS_DIR = "metrics"
@@ -129,9 +140,12 @@ def convert(
         found = finished_stage(path, name, settings, after=fresh, sparse=sparse, sources=sources, weights=weights)
         if found is not None:
             say(f"{name}: finished before, kept")
-            return found
-        say(f"{name}: running")
-        return save_stage(path, name, run(), sources)
+        else:
+            say(f"{name}: running")
+            found = save_stage(path, name, run(), sources)
+        for line in findings(found, name):
+            say(line)
+        return found
 
     fresh = stage(
         "calibrate",
@@ -221,19 +235,30 @@ def finished_stage(
 
 
 def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | tuple[str, ...]) -> Artifact:
-    """Record the stage's sources, keep its metrics, write the artefact, and read it back."""
+    """Record the stage's sources, keep its metrics, write the artefact, and read it back.
+
+    The metrics go first: a stage in a written artefact is finished and is not run again.
+    """
     record = {**artifact.stages[name], "sources": list(sources)}
     if name == "calibrate":
         record["sparse"] = dataclasses.asdict(artifact.config)
     artifact = dataclasses.replace(artifact, stages={**artifact.stages, name: record})
-    artifact.save(path)
-    lines = path / WORK_DIR / name / "metrics.jsonl"
     for later in STAGES[STAGES.index(name) :]:
         (path / METRICS_DIR / f"{later}.jsonl").unlink(missing_ok=True)
+    lines = path / WORK_DIR / name / METRICS_FILE
     if lines.is_file():
         (path / METRICS_DIR).mkdir(exist_ok=True)
-        shutil.copyfile(lines, path / METRICS_DIR / f"{name}.jsonl")
+        with atomic_path(path / METRICS_DIR / f"{name}.jsonl") as temporary:
+            shutil.copyfile(lines, temporary)
+    artifact.save(path)
     return Artifact.load(path)
+
+
+def findings(artifact: Artifact, name: str) -> list[str]:
+    """What a person should read after a stage: calibration's head map and overlap, and what the stage warns of."""
+    metrics = artifact.stages[name]["metrics"]
+    chosen = [str(artifact.heads), overlap_sentence(metrics)] if name == "calibrate" else []
+    return [line for line in (*chosen, *(f"Note: {note}" for note in metrics.get("notes", []))) if line]
 
 
 def verify(
@@ -256,6 +281,7 @@ def verify(
         if {key: found.get(key) for key in wanted} == wanted and found.get("artifact") == of:
             say("evaluate: finished before, kept")
             return found
+    path.mkdir(parents=True, exist_ok=True)
     say("evaluate: running")
     result = {"artifact": of, **evaluate(model, tokenizer, artifact, heldout, config)}
     write_json(file, result)

@@ -252,9 +252,6 @@ def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-MODES = ("heads", "groups")
-
-
 def mode_shapes(shape: LayerShape, ratio: float = 0.15) -> dict[str, list[tuple[float, LayerShape]]]:
     """Per mode the layers that an average layer is made of, with their weights.
 
