@@ -56,12 +56,12 @@ def smollm2() -> str:
         *losses,
         *index,
         (
-            "KV cache, measured",
+            "KV cache (bfloat16), measured",
             f"1 document of {main['settings']['lengths_tokens'][-1]}",
             *(f"{main['speed'][name]['cache_bytes'] / 1e6:.0f} MB" for name in ("dense", "sparse")),
         ),
         (
-            f"decode, tokens/s on {bench['environment']['device']}",
+            f"decode (float32), tokens/s on {bench['environment']['device']}",
             f"1 document of {at['length_tokens']}",
             *(f"{at[name]['decode_tokens_per_second']:.1f}" for name in ("dense", "sparse")),
         ),

@@ -9,13 +9,15 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rtpurbo import checkpoint, cli, demo, distillation
+from rtpurbo import checkpoint, cli, demo, distillation, progress
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.config import DistillConfig
 from rtpurbo.pipeline import convert
+from test_model_card import FakeHub
 from test_pipeline import SMALL
 from tiny_text import random_model, word_tokenizer
 
@@ -118,17 +120,13 @@ def test_a_long_prompt_is_read_in_pieces(tmp_path, model_dir, converted, monkeyp
     command = ("generate", converted, "--prompt-file", tmp_path / "book.txt", "--max-new-tokens", 5)
     whole = run(*command)
     monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 37)
-    read = []
-    forward = distillation.torch.nn.Module.__call__
-
-    def watched(self, *args, **kwargs):
-        if type(self).__name__.endswith("ForCausalLM"):
-            read.append((args[0] if args else kwargs["input_ids"]).shape[1])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(distillation.torch.nn.Module, "__call__", watched)
-    assert run(*command)[:2] == whole[:2]
-    assert read[:2] == [37, 37]
+    pieces = []
+    monkeypatch.setattr(progress, "track", lambda items, **_: pieces.extend(items) or items)
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert out == whole[1]
+    assert len(pieces) > 2
+    assert {piece.shape[1] for piece in pieces[:-1]} == {37}
 
 
 def test_demo(tmp_path, model_dir, source, monkeypatch):
@@ -140,7 +138,7 @@ def test_demo(tmp_path, model_dir, source, monkeypatch):
     out = tmp_path / "demo"
     code, text, err = run("demo", "--model", model_dir, "-o", out)
     assert code == 0, err
-    for part in ("right answer: ", "dense says: ", "sparse says: ", "single needle, 192 tokens", "KV cache", "decode"):
+    for part in ("right answer: ", "dense says: ", "sparse says: ", "single needle, 192 tokens", "Cache, ", "Decode, "):
         assert part in text
     assert f"Report: {out / 'report.html'}" in text
     assert (out / "report.html").is_file()
@@ -403,24 +401,31 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
     text = (ROOT / "README.md").read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     commands = [line.split("#")[0].strip() for line in lines if "rtpurbo " in line]
-    assert [c.split()[1] for c in commands] == ["convert", "generate"]
+    assert [c.split()[1] for c in commands] == ["convert", "generate", "generate", "eval"]
     prose = Path(source).resolve()
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("a letter from the city")
     for command in commands:
         words = [w.strip('"').replace("Qwen/Qwen3-8B", str(model_dir)) for w in re.findall(r'"[^"]*"|\S+', command)[1:]]
+        words = ["out" if w.startswith("artefacts/") else "192" if w == "2048" else w for w in words]
         if words[0] == "convert":
             assert str(model_dir) in words
             words += [*SMALL_FLAGS, "--sources", str(prose), "--heldout", str(prose)]
-        else:
+        elif words[0] == "generate":
             words += ["--max-new-tokens", "2", "--json", "reply.json"]
+        else:
+            words += ["--sources", str(prose), "--decode-tokens", "2"]
         code, _, err = run(*words)
         assert code == 0, (command, err)
     assert {"eval.json", "report.html", CONFIG_FILE} <= {file.name for file in Path("out").iterdir()}
     assert set(Artifact.load("out").stages) == {"calibrate", "train_indexer", "distill"}
     assert json.loads(Path("reply.json").read_text())["new_tokens"] == 2
-    python = re.search(r"```python\n(.*?)```", text, re.S).group(1)
-    exec(compile(python, "README.md", "exec"), {"dense_model": random_model()})
+    assert Path("out/eval/eval.json").is_file()
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    names = {"dense_model": random_model()}
+    for python in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(python, "README.md", "exec"), names)
+    assert b"single needle, 192 tokens" in FakeHub.calls[1][2]["README.md"]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(lines), re.M):
         assert f"\n{target}:" in makefile

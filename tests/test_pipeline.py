@@ -74,8 +74,9 @@ def test_a_run_killed_between_metrics_and_artefact_has_both_in_the_end(tmp_path,
 
 
 def test_a_conversion_says_what_its_stages_found(tmp_path, source, capsys):
+    more = dataclasses.replace(SMALL, calibrate=dataclasses.replace(SMALL.calibrate, documents=6))
     for again in (False, True):  # kept stages say it again
-        artifact = run(tmp_path / "out", source)
+        artifact = run(tmp_path / "out", source, more)
         said = capsys.readouterr().err
         assert ("calibrate: finished before, kept" in said) == again
         assert str(artifact.heads) in said

@@ -7,6 +7,8 @@ from pathlib import Path
 import rtpurbo
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
+from rtpurbo.data import documents, retrieval_sample
+from rtpurbo.pipeline import HELDOUT
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "artefacts" / "smollm2-135m-8k"
@@ -29,11 +31,11 @@ def test_first_command_within_twenty_lines():
 def test_shipped_artefact_runs():
     """On the embedded weights: their fingerprint on every Transformers version, and a prompt beyond the window."""
     model, tokenizer = rtpurbo.load(SHIPPED)
-    text = "The museum closes at five. " * 200 + "\nQuestion: when does the museum close? Answer: at"
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    assert ids.shape[1] > 1100
-    out = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-    assert tokenizer.decode(out[0, ids.shape[1] :]).strip() == "five"
+    document = documents(HELDOUT, tokenizer, length_tokens=1280, count=1, seed=0)[0]
+    sample = retrieval_sample(document, tokenizer, kind="single", depth=0.1, seed="0")
+    start, stop = sample.answers[0]
+    out = model.generate(sample.prompt[None], max_new_tokens=stop - start, do_sample=False, pad_token_id=0)
+    assert out[0, len(sample.prompt) :].tolist() == sample.tokens[start:stop].tolist()
 
 
 def test_shipped_artefact():

@@ -32,6 +32,7 @@ CONFIG_FILE = "rtpurbo_config.json"
 FORMAT_VERSION = 1
 STAGES = ("calibrate", "train_indexer", "distill")
 WORK_DIR = ".rtpurbo-work"
+METRICS_DIR = "metrics"
 """Subdirectory for states of unfinished stages, removed when a conversion ends."""
 _KEYS = ("format_version", "base_model", "sparse", "heads", "stages", "indexer", "weights")
 _SECTIONS = {
@@ -251,7 +252,8 @@ def check_output(path: Path) -> None:
         raise ValueError(f"Output {str(path)!r} is a file; expected a directory.")
     if not path.is_dir() or (path / CONFIG_FILE).is_file():
         return
-    foreign = sorted(e.name for e in path.iterdir() if e.name != WORK_DIR and not _OURS.fullmatch(e.name))
+    ours = {WORK_DIR} | ({METRICS_DIR} if (path / WORK_DIR).is_dir() else set())
+    foreign = sorted(e.name for e in path.iterdir() if e.name not in ours and not _OURS.fullmatch(e.name))
     if foreign:
         raise ValueError(
             f"Output directory {str(path)!r} holds other files ({', '.join(foreign[:3])}); "

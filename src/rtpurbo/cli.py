@@ -321,7 +321,7 @@ def stream(
     cache = DynamicCache(config=model.config)
     pieces = tokens[:, :-1].split(PREFILL_CHUNK_TOKENS, 1)
     if len(pieces) > 1:  # long enough to wait for
-        with torch.inference_mode():
+        with torch.no_grad():
             for piece in track(pieces, total=len(pieces), what=f"Reading {len(ids)} tokens"):
                 model(piece, **{CACHE: cache}, logits_to_keep=1)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -17,6 +17,7 @@ from typing import Any
 
 from .checkpoint import (
     CONFIG_FILE,
+    METRICS_DIR,
     STAGES,
     WORK_DIR,
     Artifact,
@@ -43,7 +44,6 @@ from .models import fingerprint
 from .training import METRICS_FILE
 
 EVAL_FILE = "eval.json"
-METRICS_DIR = "metrics"
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
 """Default sources of training and evaluation text."""
