@@ -425,7 +425,7 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
     names = {"dense_model": random_model()}
     for python in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(python, "README.md", "exec"), names)
-    assert b"single needle, 192 tokens" in FakeHub.calls[1][2]["README.md"]
+    assert b"ingle needle, 160 tokens" in FakeHub.calls[1][2]["README.md"]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(lines), re.M):
         assert f"\n{target}:" in makefile
