@@ -129,8 +129,16 @@ def test_mass_beyond_the_grid_does_not_count():
 def far_tiles(request, monkeypatch):
     """Tiles so small that there are far tokens beyond several of them, fewer programs than tiles, or as they are."""
     if request.param == "small tiles":
-        for name, value in {"SCORES": 256, "KEY_TILE": 16, "ROWS": 16, "PROGRAMS": 3}.items():
+        for name, value in {
+            "KEY_TILE": 16,
+            "ROWS": 16,
+            "PROGRAMS": 3,
+            "FAR_TOKENS": 64,
+            "BIT_TOKENS": 32,
+            "BIT_POSITIONS": 16,
+        }.items():
             monkeypatch.setattr(gather_kernels, name, value)
+        monkeypatch.setattr(gather_kernels, "WORKSPACE_WORDS", 1)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -364,7 +372,8 @@ from triton.compiler import ASTSource
 from rtpurbo.ops import decode_kernels, gather_kernels, kernels
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
-            "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32"}
+            "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32",
+            "p_bits": "*i32"}
 DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32", "p_ml": "*fp32"}
 DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
                                             "head_units", "table", "local_table")}
@@ -383,18 +392,22 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
     return len(binary.asm["cubin"])
 
 tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256,
-        "SEARCH": True}
+        "SEARCH": True, "LOWEST": kernels.LOWEST}
 sizes = []
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
     for local, select in modes:
         for name in ("_forward", "_backward_queries", "_backward_keys"):
             sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
+        wide = tile | {"M": 128, "D": 128}
+        sizes.append(compiled("_forward", capability, LOCAL=local, SELECT=False, PADDED=False, **wide))
     for search in (True, False):
         sizes.append(compiled("_thresholds", capability, PADDED=True, **tile | {"SEARCH": search}))
     gather = {"module": gather_kernels, "T": gather_kernels.KEY_TILE, "d": 16, "PADDED": True, "ONE_ROW": False}
     for heads, rows, dim in ((8, 8, 128), (3, 4, 64), (1, 1, 128)):
-        gather |= {"P": gather_kernels.positions(heads), "FAR": gather_kernels.SCORES // gather_kernels.positions(heads)}
+        gather |= {"P": gather_kernels.positions(heads), "FAR": gather_kernels.FAR_TOKENS}
         sizes.append(compiled("_gather", capability, S=heads, SP=rows, D=dim, **gather))
+        bits = {"Q": gather_kernels.BIT_POSITIONS, "N": gather_kernels.BIT_TOKENS}
+        sizes.append(compiled("_far_bits", capability, **gather | bits))
     decode = {"module": decode_kernels, "types_of": DECODE, "STEP": 1 / 16, "STEPS": 256, "LOWEST": decode_kernels.UNSEEN,
               "PADDED": True, "RAGGED": True}
     decode |= {"PARTS": decode_kernels.PARTS, "NEAR": decode_kernels.NEAR_TOKENS, "FAR": decode_kernels.FAR_TILE}

@@ -23,6 +23,8 @@ from .select import GRID_STEPS, STEP_NATS, leaves_out
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 LOG2E = 1.4426950408889634
+LOWEST = -1e30
+"""Below every score."""
 LEAST_DOT = 16
 """Smallest inner dimension of a tile product; narrower index keys and sinks are padded to it."""
 
@@ -30,6 +32,11 @@ LEAST_DOT = 16
 def _tiles(head_dim: int) -> dict[str, int]:
     """Queries and keys a tile, and warps: small enough for the registers of every GPU since Ampere."""
     return {"M": 64, "N": 64, "num_warps": 4 if head_dim <= 64 else 8}
+
+
+def _forward_tiles(head_dim: int) -> dict[str, int]:
+    """The same for the forward pass, which holds less."""
+    return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3} if head_dim == 128 else _tiles(head_dim)
 
 
 @triton.jit
@@ -63,6 +70,16 @@ def _first_key(begin, first_query, first_slot, window, N: tl.constexpr, LOCAL: t
 
 
 @triton.jit
+def _whole_tiles(begin, start_at, stop, window, M: tl.constexpr, N: tl.constexpr, LOCAL: tl.constexpr):
+    """Slots of the first key tile that all M queries from `begin` on see whole, and of the first one after those."""
+    whole_from = start_at
+    if LOCAL:
+        whole_from = tl.maximum(start_at, (tl.maximum(begin + M - window, 0) + N - 1) // N * N)
+    whole_from = tl.minimum(whole_from, stop)
+    return whole_from, tl.maximum(whole_from, tl.minimum(begin + 1, stop) // N * N)
+
+
+@triton.jit
 def _key_tile(
     p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
     D: tl.constexpr, d: tl.constexpr, N: tl.constexpr,
@@ -87,6 +104,13 @@ def _key_tile(
 
 
 @triton.jit
+def _floor(x):
+    """floor of |x| < 2^22 in additions, which a GPU does eight times as fast as its own floor."""
+    near = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is left of the point is rounded away
+    return tl.where(near > x, near - 1.0, near)
+
+
+@triton.jit
 def _grid_scores(
     p_ik, p_real, row, units, b_iq, o_q, start, slots,
     d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
@@ -99,16 +123,26 @@ def _grid_scores(
         b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
     m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
     scores = tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee")
-    return tl.where(m_seen, tl.floor(scores / STEP), float("-inf"))
+    return tl.where(m_seen, _floor(scores * (1 / STEP)), float("-inf"))
+
+
+@triton.jit
+def _add_mass(scores, best, total, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """One step of the mass within the grid below the best score so far: [M, N] grid scores -> (best [M], total [M])."""
+    higher = tl.maximum(best, tl.max(scores, 1))
+    below = scores - higher[:, None]
+    weights = tl.where(below > -STEPS, tl.exp2(below * (STEP * 1.4426950408889634)), 0.0)
+    return higher, total * tl.exp2((best - higher) * (STEP * 1.4426950408889634)) + tl.sum(weights, 1)
 
 
 @triton.jit
 def _thresholds(
     p_iq, p_ik, p_real, p_least, queries, slots, units, top_p, min_probability,
     d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    SEARCH: tl.constexpr,
+    SEARCH: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """`select.top_p_threshold` of M queries: one pass for the best score, then a search of the grid, four ways a pass."""
+    """`select.top_p_threshold` of M queries: by a least probability in one pass; else one pass for the best score, then a
+    search of the grid, four ways a pass."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_q = (slots - queries) // M * M + tile * M + tl.arange(0, M)
     o_t = o_q - (slots - queries)
@@ -117,14 +151,14 @@ def _thresholds(
     b_iq = tl.load(p_iq + (row * queries + o_t[:, None]) * d + o_d, mask=m_q[:, None], other=0.0)
     stop = tl.minimum((slots - queries) // M * M + tile * M + M, slots)
     best = tl.full([M], float("-inf"), tl.float32)
-    for start in range(0, stop, N):
-        best = tl.maximum(
-            best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1)
-        )
-    best = tl.where(best == float("-inf"), 0.0, best)
     steps = tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
     if SEARCH:
+        for start in range(0, stop, N):
+            best = tl.maximum(
+                best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1)
+            )
+        best = tl.where(best == float("-inf"), 0.0, best)
         width = STEPS // 4
         while width > 0:
             first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
@@ -143,9 +177,17 @@ def _thresholds(
             width = width // 4
     else:
         steps += STEPS - 1
-        for start in range(0, stop, N):
-            below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
-            total += tl.sum(tl.where(below < STEPS, tl.exp(-STEP * below), 0.0), 1)
+        best = tl.full([M], LOWEST, tl.float32)
+        whole = 0 if PADDED else tl.minimum((slots - queries) // M * M + tile * M + 1, stop) // N * N
+        for start in range(0, whole, N):
+            o_k = start + tl.arange(0, N)
+            b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d)
+            scores = _floor(tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee") * (1 / STEP))
+            best, total = _add_mass(scores, best, total, STEP, STEPS)
+        for start in range(whole, stop, N):
+            scores = _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
+            best, total = _add_mass(scores, best, total, STEP, STEPS)
+        best = tl.where(best == LOWEST, 0.0, best)
     if min_probability > 0:
         steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * total) / STEP))
     least = (best - tl.maximum(steps, 1.0)) * STEP
@@ -161,6 +203,18 @@ def _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale):
     weights = tl.exp2(logits - base[:, None])
     keep = tl.exp2(peak - base)
     acc = acc * keep[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision="ieee")
+    return higher, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale):
+    """`_add_tile` where every query sees every token."""
+    logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    higher = tl.maximum(peak, tl.max(logits, 1) * scale)
+    weights = tl.exp2(logits * scale - higher[:, None])
+    keep = tl.exp2(peak - higher)
+    acc = acc * keep[:, None]
+    acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
     return higher, total * keep + tl.sum(weights, 1), acc
 
 
@@ -202,12 +256,26 @@ def _forward(
         old = tl.exp2(old - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         total = tl.sum(old, 1)
         acc = tl.dot(old.to(b_sv.dtype), b_sv, input_precision="ieee")
-    for start in range(start_at, stop, N):
+    whole_from, whole_to = stop, stop  # tiles in between are seen whole by all queries
+    if not SELECT and not PADDED:
+        whole_from, whole_to = _whole_tiles(begin, start_at, stop, window, M, N, LOCAL)
+    for start in range(start_at, whole_from, N):
         b_k, b_v, m_seen = _key_tile(
             p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
             D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
         )  # fmt: skip
         peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
+    if not SELECT and not PADDED:
+        for start in range(whole_from, whole_to, N):
+            o_k = row * length + start - first_slot + tl.arange(0, N)
+            b_k, b_v = tl.load(p_k + o_k[:, None] * D + o_d), tl.load(p_v + o_k[:, None] * D + o_d)
+            peak, total, acc = _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale)
+        for start in range(whole_to, stop, N):
+            b_k, b_v, m_seen = _key_tile(
+                p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+                D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
+            )  # fmt: skip
+            peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     total = tl.where(m_q, total, 1.0)
     peak = tl.where(m_q, peak, 0.0)
     o_out = (row * queries + o_t[:, None]) * D + o_d
@@ -389,7 +457,7 @@ class _Call:
     def _tile(self) -> dict[str, int]:
         return _tiles(self.q_shape[3])
 
-    def _flags(self) -> dict[str, Any]:
+    def _flags(self, tile: dict[str, int]) -> dict[str, Any]:
         dim = self.index[0].shape[-1] if self.index is not None else LEAST_DOT
         return {
             "D": self.q_shape[3],
@@ -398,7 +466,7 @@ class _Call:
             "SELECT": self.index is not None,
             "PADDED": self.real is not None,
             "ONE_ROW": self.sinks.shape[0] == 1,
-            **self._tile,
+            **tile,
         }
 
     def _numbers(self) -> tuple[Any, ...]:
@@ -409,16 +477,17 @@ class _Call:
         index = self.index if self.index is not None else (stand_in,) * 3
         return (*index, *(stand_in if x is None else x for x in (self.real, self.is_sink)))
 
-    def _query_grid(self) -> tuple[int, int]:
+    def _query_grid(self, tile: int) -> tuple[int, int]:
         batch, heads, queries, _ = self.q_shape
-        last, tile = self.first_slot + self.length, self._tile["M"]
+        last = self.first_slot + self.length
         return -(-last // tile) - (last - queries) // tile, batch * heads
 
     def launch(self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, sk: Tensor | None, sv: Tensor | None, *outs: Tensor):
         sinks = (sk, sv, self.sinks) if sk is not None and sv is not None else (q,) * 3
+        tile = _tiles(q.shape[3]) if self.index is not None else _forward_tiles(q.shape[3])
         with _on(q):
-            kernel[self._query_grid()](
-                q, k, v, *sinks, *self._masks(q), *outs, *self._numbers(), S=self._sink_rows, **self._flags()
+            kernel[self._query_grid(tile["M"])](
+                q, k, v, *sinks, *self._masks(q), *outs, *self._numbers(), S=self._sink_rows, **self._flags(tile)
             )
 
     @property
@@ -426,7 +495,7 @@ class _Call:
         return self.sinks.shape[1] if self.local else LEAST_DOT
 
     def launch_backward_queries(self, q, k, v, sk, sv, grad, lse, delta, gq):
-        tiles, rows = self._query_grid()
+        tiles, rows = self._query_grid(self._tile["M"])
         parts = None
         if self.local:
             parts = torch.empty(2, tiles, *sk.shape, dtype=torch.float32, device=q.device)
@@ -435,7 +504,7 @@ class _Call:
         with _on(q):
             _backward_queries[(tiles, rows)](
                 q, k, v, *sinks, *self._masks(q), grad, lse, delta, gq, *partial, *self._numbers(), rows,
-                S=self._sink_rows, **self._flags(),
+                S=self._sink_rows, **self._flags(self._tile),
             )  # fmt: skip
         return parts
 
@@ -443,8 +512,8 @@ class _Call:
         tile = self._tile["N"]
         tiles = -(-(self.first_slot + self.length) // tile) - self.first_slot // tile
         with _on(q):
-            _backward_keys[(tiles, self._query_grid()[1])](
-                q, k, v, *self._masks(q), grad, lse, delta, gk, gv, *self._numbers(), **self._flags()
+            _backward_keys[(tiles, self.q_shape[0] * self.q_shape[1])](
+                q, k, v, *self._masks(q), grad, lse, delta, gk, gv, *self._numbers(), **self._flags(self._tile)
             )
 
 
@@ -471,7 +540,8 @@ def top_p_thresholds(
     with _on(index_q):
         _thresholds[grid](
             index_q, index_k, _flags(real, slots, index_q), least, queries, slots, units, top_p, min_probability,
-            d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, SEARCH=top_p < 1.0, **tile,
+            d=dim, PADDED=real is not None, STEP=STEP_NATS, STEPS=GRID_STEPS, SEARCH=top_p < 1.0,
+            LOWEST=LOWEST, **tile,
         )  # fmt: skip
     return least
 
