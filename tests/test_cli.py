@@ -324,14 +324,19 @@ def test_bench_sizes_that_cannot_be(converted, source, more, message):
 
 def test_bench_of_a_layer(tmp_path):
     sizes = ("--shape", "8/4/16", "--retrieval", 1, 6, "--window-tokens", 32, "--lengths-tokens", 200, "--batches", 2)
+    sizes = (*sizes, "--prefill-lengths-tokens", 150, "--prefill-far-ratio", 0.2)
     code, out, err = run("bench", *sizes, "--json", tmp_path / "layer.json")
     assert code == 0, err
     assert "one decode step of a layer" in out
     result = json.loads((tmp_path / "layer.json").read_text())
     assert [(row["mode"], row["batch"], row["slots"]) for row in result["rows"]] == [("heads", 2, 200), ("groups", 2, 200)]
     assert result["attention"].startswith("torch (")
-    for row in result["rows"]:
+    assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == [("heads", 150), ("groups", 150)]
+    assert result["prefill_rows"][0]["parts"][0]["far_ratio"] == pytest.approx(0.2, abs=0.1)
+    assert "prefill of a layer, milliseconds, tiles read 20% of the far tokens" in out
+    for row in result["rows"] + result["prefill_rows"]:
         assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
+    for row in result["rows"]:
         assert row["sparse_cache_bytes"] < row["dense_cache_bytes"] == 2 * 2 * 4 * 200 * 16 * 4
 
 
@@ -343,6 +348,8 @@ def test_bench_of_a_layer(tmp_path):
         (["--shape", "4/2/16", "--retrieval", "9"], "heads below 4"),
         (["--far-ratio", "2"], "far_ratio must be in [0, 1]"),
         (["--lengths-tokens", "-3"], "lengths must be 1 or more"),
+        (["--prefill-lengths-tokens", "-3"], "prefill_lengths must be 1 or more"),
+        (["--prefill-far-ratio", "2"], "prefill_far_ratio must be in [0, 1]"),
     ],
 )
 def test_bench_of_a_layer_that_cannot_be(more, message):

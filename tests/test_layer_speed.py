@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from rtpurbo import ops
-from rtpurbo.evals.layer_speed import LayerShape, decode_row, error, mode_shapes, sparse_step
+from rtpurbo.evals.layer_speed import (
+    LayerShape,
+    decode_row,
+    error,
+    mode_shapes,
+    prefill_error,
+    prefill_row,
+    prefill_step,
+    sparse_step,
+)
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 SHAPE = LayerShape(query_heads=8, kv_heads=4, head_dim=16, retrieval=(1, 2, 6), window_tokens=40, far_ratio=0.1)
@@ -41,6 +50,22 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(ops, "decode_attention", lambda *args, **kw: 1.01 * true(*args, **kw))
     with pytest.raises(ValueError, match="is wrong by"):
         decode_row(SHAPE, 1, 200, **CPU)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, GROUPS, dataclasses.replace(SHAPE, retrieval=())])
+def test_prefill_is_checked_against_the_replayed_selection(shape, monkeypatch):
+    shape = dataclasses.replace(shape, top_p=1.0, min_probability=1e-4)
+    step, dense, chosen = prefill_step(shape, 300, **CPU)
+    got, allowed = prefill_error(shape, step, dense, chosen)
+    assert got <= allowed
+    if shape.units:
+        assert prefill_error(shape, step, dense, ~chosen)[0] > 100 * allowed
+    row = prefill_row(shape, 300, **CPU, repeats=1)
+    assert row["speedup"] == min(row["dense_seconds"].values()) / row["sparse_seconds"]
+    true = ops.prefill_attention
+    monkeypatch.setattr(ops, "prefill_attention", lambda *args, **kw: 1.01 * true(*args, **kw))
+    with pytest.raises(ValueError, match="is wrong by"):
+        prefill_row(shape, 300, **CPU)
 
 
 def test_an_average_layer_has_the_asked_share_of_groups():

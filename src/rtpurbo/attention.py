@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import ops
-from .cache import KeyValues, SparseLayer, pick_heads, sparse_layer, split_heads
+from .cache import KeyValues, SparseLayer, sparse_layer, split_heads
 from .config import SparseConfig
 from .heads import HeadMap
 from .indexer import LayerIndexer
-from .ops.reference import gather_slots, visible_slots
+from .ops.reference import visible_slots
 
 IMPLEMENTATION = "rtpurbo"
 Recorder = Callable[["Observed"], None]
@@ -65,10 +65,6 @@ class LayerState:
     """Full KV heads, then local ones."""
     head_units: tuple[int, ...] = field(init=False)
     """Index unit of every query head, -1 for local ones."""
-    unit_rows: list[int] = field(init=False)
-    """Row of `full_kv` that each index unit reads."""
-    dense_rows: dict[int, list[int]] = field(init=False)
-    """Full KV head's row -> its local query heads."""
 
     def __post_init__(self) -> None:
         heads, size = self.heads, self.heads.group_size
@@ -79,9 +75,6 @@ class LayerState:
         self.kv_rows = (*self.full_kv, *self.local_kv)
         units = {h: i // heads.heads_per_unit for i, h in enumerate(self.retrieval)}
         self.head_units = tuple(units.get(h, -1) for h in range(heads.query_heads))
-        self.unit_rows = [self.full_kv.index(g) for g in heads.units(self.layer)]
-        mixed = {row: [h for h in heads.group(g) if h in self.local] for row, g in enumerate(self.full_kv)}
-        self.dense_rows = {row: local for row, local in mixed.items() if local}
         self.group_size = size
 
     def new_cache_layer(self) -> SparseLayer:
@@ -170,56 +163,26 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):
     """Attend with many queries: [B, Hq, T, D] -> [B, Hq, T, D]."""
-    window = state.config.window_tokens
-    parts = []
-    if state.retrieval:
-        rows = [row for row in state.unit_rows for _ in range(state.heads.heads_per_unit)]
-        parts.append(
-            ops.retrieval_attention(
-                pick_heads(q, state.retrieval),
-                pick_heads(kv.full_k, rows),
-                pick_heads(kv.full_v, rows),
-                index_q,
-                kv.index_k,
-                heads_per_unit=state.heads.heads_per_unit,
-                sinks=kv.sinks,
-                window_tokens=window,
-                top_p=state.config.top_p,
-                min_probability=state.config.min_probability,
-                scaling=scaling,
-                real=real,
-            )
-        )
-    if state.local:
-        # local query heads read local KV heads first, then full ones
-        size, local_rows = state.group_size, len(state.local_kv)
-        groups = [h // size for h in state.local]
-        rows = [local_rows + state.full_kv.index(g) if g in state.full_kv else state.local_kv.index(g) for g in groups]
-        k, v, sink_k, sink_v = kv.local_k, kv.local_v, kv.sink_k, kv.sink_v
-        first = kv.first_slot
-        if state.dense_rows:
-            if not state.local_kv:
-                first = max(0, kv.full_k.shape[2] - q.shape[2] - window)
-                k, v = k[:, :, first:], v[:, :, first:]
-            full_sinks = (gather_slots(x, kv.sinks) for x in (kv.full_k, kv.full_v))
-            sink_k, sink_v = (torch.cat(pair, 1) for pair in zip((sink_k, sink_v), full_sinks, strict=True))
-            k, v = (torch.cat([x, y[:, :, first:]], 1) for x, y in ((k, kv.full_k), (v, kv.full_v)))
-        parts.append(
-            ops.window_attention(
-                pick_heads(q, state.local),
-                pick_heads(k, rows),
-                pick_heads(v, rows),
-                pick_heads(sink_k, rows),
-                pick_heads(sink_v, rows),
-                first_slot=first,
-                sinks=kv.sinks,
-                window_tokens=window,
-                scaling=scaling,
-                real=real,
-            )
-        )
-    order = [*state.retrieval, *state.local]
-    return pick_heads(torch.cat(parts, 1).to(q.dtype), [order.index(h) for h in range(len(order))])
+    return ops.prefill_attention(
+        q,
+        kv.full_k,
+        kv.full_v,
+        kv.local_k,
+        kv.local_v,
+        kv.sink_k,
+        kv.sink_v,
+        index_q,
+        kv.index_k if index_q is not None else None,
+        kv_rows=state.kv_rows,
+        head_units=state.head_units,
+        first_slot=kv.first_slot,
+        sinks=kv.sinks,
+        window_tokens=state.config.window_tokens,
+        top_p=state.config.top_p,
+        min_probability=state.config.min_probability,
+        scaling=scaling,
+        real=real,
+    )
 
 
 def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

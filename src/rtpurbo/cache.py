@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
-from .ops.reference import gather_slots, sink_slots
+from .ops.reference import gather_slots, pick_heads, sink_slots
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What models, `generate` and their outputs call the cache; renamed in Transformers 5.24."""
@@ -90,17 +89,6 @@ class KeyValues:
     """[B or 1, sink_tokens] slots, -1 for none"""
     index_k: Tensor | None
     """[B, U, N, d]"""
-
-
-@lru_cache(maxsize=4096)
-def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # the same tensor serves training and inference
-        return torch.tensor(heads, dtype=torch.long, device=device)
-
-
-def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
-    """x[:, heads], by an index that stays on the device: a list would be copied there, and waited for, each time."""
-    return x.index_select(1, _head_index(tuple(heads), x.device))
 
 
 class SparseLayer(CacheLayerMixin):

@@ -433,7 +433,11 @@ class Bench(OfArtifact):
     far_ratio: float = 0.03
     """Share of far tokens that a head of the layer selects; a whole group three times as many."""
     batches: tuple[int, ...] = (1, 8)
-    """Batch sizes of the layer."""
+    """Batch sizes of the layer's decode."""
+    prefill_lengths_tokens: tuple[int, ...] = ()
+    """Lengths of the layer's prefill; default: 32768 131072 (on a CPU 4096)."""
+    prefill_far_ratio: float = 0.07
+    """Share of far tokens that a tile of positions reads for the layer's retrieval heads in prefill."""
 
     def run(self) -> Any:
         """Measure and print a line per length."""
@@ -473,11 +477,13 @@ class Bench(OfArtifact):
         shape = layer_shape(
             self.shape, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio
         )  # fmt: skip
-        short, long = (8192, 32768), (32768, 131072, 524288, 1048576)
+        gpu = device.type == "cuda"
         result = bench_layer(
             shape,
-            self.lengths_tokens or (long if device.type == "cuda" else short),
+            self.lengths_tokens or ((32768, 131072, 524288, 1048576) if gpu else (8192, 32768)),
             self.batches,
+            prefill_lengths=self.prefill_lengths_tokens or ((32768, 131072) if gpu else (4096,)),
+            prefill_far_ratio=self.prefill_far_ratio,
             device=device,
             dtype=dtype,
         )
@@ -494,6 +500,14 @@ class Bench(OfArtifact):
                 f"{head}{dense} | {row['sparse_seconds'] * 1e6:.0f} us, {row.get('speedup', float('nan')):.2f} times   "
                 f"{row['dense_cache_bytes'] / 2**20:.1f} | {row['sparse_cache_bytes'] / 2**20:.1f} MiB"
             )
+        _out(f"prefill of a layer, milliseconds, tiles read {self.prefill_far_ratio:.0%} of the far tokens, dense | sparse")
+        for row in result["prefill_rows"]:
+            head = f"{row['mode']:6s} batch {row['batch']:<3d} {row['slots']:8d}  "
+            if "refused" in row:
+                _out(f"{head}{row['refused']}")
+                continue
+            dense = f"{row['dense_seconds'] * 1e3:.2f} ({row['dense_backend']})" if "dense_seconds" in row else "refused"
+            _out(f"{head}{dense} | {row['sparse_seconds'] * 1e3:.2f} ms, {row.get('speedup', float('nan')):.2f} times")
         return result
 
 

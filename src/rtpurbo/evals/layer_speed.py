@@ -1,8 +1,9 @@
-"""Speed of one attention layer on this machine: sparse decode against the best dense kernel present.
+"""Speed of one attention layer on this machine: sparse decode and prefill against the best dense kernel present.
 
 1. Correctness gate: the timed op on the timed inputs against plain PyTorch in float32.
-2. Dense: scaled dot-product attention by every backend that takes the shape, a group's query heads packed as rows.
-3. Sparse: index scores, selection and attention, all launches counted.
+2. Dense: scaled dot-product attention by every backend that takes the shape (in decode with a group's query heads packed as
+   rows), and flash-attn-4 where it is installed.
+3. Sparse: index scores, selection and attention, all launches and copies counted.
 
 Selections are replayed, not random: index keys are made so that each unit selects a given share of far tokens, as measured
 on real text, and all others score several nats lower, inside the grid that is counted. Times are medians over replays of a
@@ -15,6 +16,7 @@ Shapes: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N slots, D head dim
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import statistics
 import time
@@ -53,6 +55,7 @@ class LayerShape:
     window_tokens: int = 8192
     sink_tokens: int = 4
     top_p: float = 0.95
+    min_probability: float = 0.0
     far_ratio: float = 0.03
     """Share of far tokens that each unit selects."""
 
@@ -146,6 +149,127 @@ def sparse_step(shape: LayerShape, batch: int, slots: int, *, device: torch.devi
 
     held = sum(x.numel() * x.element_size() for x in (*full, *local, *sink, index_k))
     return step, (q, k, v), keep, held
+
+
+def prefill_step(shape: LayerShape, slots: int, *, device: torch.device, dtype: torch.dtype, seed: int = 0):
+    """(prefill of a whole prompt as a function without arguments, dense q, k, v, far tokens that each unit selects [U, N]).
+
+    All positions select the same tokens: a tile of positions reads what any of them selects, and `far_ratio` is the share of
+    that. Batch 1.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    q = draw(1, shape.query_heads, slots, shape.head_dim)
+    k, v = (draw(1, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
+    rows, full = list(shape.kv_rows), shape.full_rows
+    sinks = sink_slots(None, shape.sink_tokens, device=device)
+    chosen = torch.rand(shape.units, slots, generator=generator, device=device) < shape.far_ratio
+    index_q = draw(1, shape.units, 1, shape.index_dim)
+    index_q = (index_q / index_q.float().norm(dim=-1, keepdim=True)).to(dtype)
+    below = 12.0 + SPREAD_NATS * torch.rand(chosen.shape, generator=generator, device=device)
+    index_k = index_q * torch.where(chosen, 0.0, -below)[None, ..., None].to(dtype)
+    index_q = index_q.expand(-1, -1, slots, -1).contiguous()
+    full_k, full_v, local_k, local_v = (x[:, part].contiguous() for part in (rows[:full], rows[full:]) for x in (k, v))
+    sink_k, sink_v = (gather_slots(x, sinks) for x in (local_k, local_v))
+
+    def step() -> Tensor:
+        return ops.prefill_attention(
+            q, full_k, full_v, local_k, local_v, sink_k, sink_v, index_q, index_k, kv_rows=shape.kv_rows,
+            head_units=shape.head_units, first_slot=0, sinks=sinks, window_tokens=shape.window_tokens, top_p=shape.top_p,
+            min_probability=shape.min_probability, scaling=shape.head_dim**-0.5,
+        )  # fmt: skip
+
+    return step, (q, k, v), chosen
+
+
+def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Tensor, Tensor, Tensor], chosen: Tensor):
+    """(largest error of sparse prefill at some positions, what is allowed), as `error`."""
+    q, k, v = dense
+    slots, group = q.shape[2], shape.query_heads // shape.kv_heads
+    generator = torch.Generator().manual_seed(0)
+    at = torch.cat([torch.randint(slots, (14,), generator=generator), torch.tensor([0, slots - 1])]).to(q.device)
+    age = at[:, None] - torch.arange(slots, device=q.device)
+    near = (age < shape.window_tokens) | (torch.arange(slots, device=q.device) < shape.sink_tokens)
+    units = torch.tensor(shape.head_units, device=q.device)
+    keep = near.expand(shape.query_heads, -1, -1)
+    if shape.units:
+        keep = keep | (chosen[units.clamp(min=0)] & (units >= 0)[:, None])[:, None]
+    mask = (keep & (age >= 0)).unflatten(0, (-1, group))[None]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT[:, :, None]).float() * shape.head_dim**-0.5
+        return weights.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, None]
+
+    few = q[:, :, at].unflatten(1, (-1, group))
+    truth = plain(few.float(), k.float(), v.float())
+    rounding = max(torch.finfo(q.dtype).eps, 1e-5) * truth.abs().max() + 1e-6
+    allowed = 2 * (plain(few, k, v).float() - truth).abs().max() + rounding
+    got = step()[:, :, at].unflatten(1, (-1, group)).float()
+    return float((got - truth).abs().max()), float(allowed)
+
+
+@torch.no_grad()
+def prefill_row(
+    shape: LayerShape, slots: int, *, device: torch.device, dtype: torch.dtype, repeats: int = 3
+) -> dict[str, Any]:
+    """Measure the prefill of a layer: a prompt of `slots` tokens at once, batch 1.
+
+    Returns:
+        "slots", "far_ratio" (of a tile of positions; None without retrieval heads), "error" and "error_allowed",
+        "dense_seconds" by kernel, "refused" kernels with their reasons, "sparse_seconds", "speedup" over the best dense one,
+        "peak_bytes" of the sparse prefill beyond its inputs (None on a CPU).
+
+    Raises:
+        ValueError: the sparse result is wrong on these inputs; nothing is timed then.
+    """
+    step, dense, chosen = prefill_step(shape, slots, device=device, dtype=dtype)
+    got, allowed = prefill_error(shape, step, dense, chosen)
+    if not got <= allowed:
+        raise ValueError(f"Sparse prefill of {slots} tokens is wrong by {got:.3g}, allowed are {allowed:.3g}; not timed.")
+    row: dict[str, Any] = {
+        "slots": slots,
+        "far_ratio": float(chosen.float().mean()) if shape.units else None,
+        "error": got,
+        "error_allowed": allowed,
+        "dense_seconds": {},
+        "refused": {},
+        "peak_bytes": None,
+    }
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    for name, call in dense_prefills(*dense).items():
+        try:
+            row["dense_seconds"][name] = median_seconds([call], device=device, repeats=repeats)
+        except Exception as problem:  # this kernel does not take the shape, the GPU or the library's version
+            row["refused"][name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    row["sparse_seconds"] = median_seconds([step], device=device, repeats=repeats)
+    if row["dense_seconds"]:
+        row["speedup"] = min(row["dense_seconds"].values()) / row["sparse_seconds"]
+    return row
+
+
+def dense_prefills(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
+    """Causal attention [B, Hq, T, D] x [B, Hkv, T, D] by every dense kernel that may be there."""
+
+    def sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    if q.device.type != "cuda":
+        return {"cpu": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)}
+    calls: dict[str, Callable[[], Any]] = {name: partial(sdpa, backend) for name, backend in BACKENDS.items()}
+    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        from flash_attn.cute.interface import flash_attn_func
+
+        rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        calls["flash-attn-4"] = partial(flash_attn_func, *rows, causal=True)
+    return calls
 
 
 def error(step: Callable[[], Tensor], dense: tuple[Tensor, Tensor, Tensor], keep: Tensor) -> tuple[float, float]:
@@ -274,41 +398,65 @@ def bench_layer(
     lengths: tuple[int, ...],
     batches: tuple[int, ...],
     *,
+    prefill_lengths: tuple[int, ...] = (),
+    prefill_far_ratio: float = 0.07,
     device: torch.device,
     dtype: torch.dtype,
     repeats: int = 20,
 ) -> dict[str, Any]:
-    """Decode steps of an average layer, a row for every batch, length and mode.
+    """Decode steps of an average layer, a row for every batch, length and mode; and prefills, for every length and mode.
+
+    Args:
+        prefill_far_ratio: share of far tokens that a tile of positions reads for its retrieval heads.
 
     Returns:
-        "device", "dtype", "torch", "attention" (which implementation decodes, and why), "shape", and "rows": dense and
-        sparse seconds, speedup, cache bytes, and the layers they are made of; "refused" where memory does not suffice.
+        "device", "dtype", "torch", "attention" (which implementation computes, and why), "shape", and "rows" and
+        "prefill_rows": dense and sparse seconds, speedup, cache bytes (of decode), and the layers they are made of;
+        "refused" where memory does not suffice.
 
     Raises:
-        ValueError: a length or batch below 1, or a sparse step that is wrong.
+        ValueError: a length or batch below 1, or a sparse result that is wrong.
     """
-    for name, values in (("lengths", lengths), ("batches", batches)):
+    for name, values in (("lengths", lengths), ("batches", batches), ("prefill_lengths", prefill_lengths or (1,))):
         if min(values, default=0) < 1:
             raise ValueError(f"{name} must be 1 or more, got {', '.join(map(str, values)) or 'none'}.")
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        for slots in lengths:
-            for mode, layers in mode_shapes(shape).items():
-                row: dict[str, Any] = {"mode": mode, "batch": batch, "slots": slots}
-                try:
-                    parts = [
-                        (w, decode_row(s, batch, slots, device=device, dtype=dtype, repeats=repeats)) for w, s in layers
-                    ]
-                except torch.OutOfMemoryError as problem:
-                    rows.append({**row, "refused": str(problem).splitlines()[0]})
-                    continue
-                for key in ("sparse_seconds", "sparse_cache_bytes", "dense_cache_bytes"):
-                    row[key] = sum(w * part[key] for w, part in parts)
-                dense = [(seconds, name) for _, part in parts for name, seconds in part["dense_seconds"].items()]
-                if dense:
-                    row["dense_seconds"], row["dense_backend"] = min(dense)
-                    row["speedup"] = row["dense_seconds"] / row["sparse_seconds"]
-                rows.append({**row, "parts": [part for _, part in parts]})
+    if not 0.0 <= prefill_far_ratio <= 1.0:
+        raise ValueError(f"prefill_far_ratio must be in [0, 1], got {prefill_far_ratio}.")
+
+    def row_of(
+        row: dict[str, Any], measure: Callable[[LayerShape], dict[str, Any]], keys: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """A mode's row out of the layers it is made of."""
+        try:
+            parts = [(weight, measure(layer)) for weight, layer in mode_shapes(shape)[row["mode"]]]
+        except torch.OutOfMemoryError as problem:
+            return {**row, "refused": str(problem).splitlines()[0]}
+        row = row | {key: sum(w * part[key] for w, part in parts) for key in keys}
+        dense = [(seconds, name) for _, part in parts for name, seconds in part["dense_seconds"].items()]
+        if dense:
+            row["dense_seconds"], row["dense_backend"] = min(dense)
+            row["speedup"] = row["dense_seconds"] / row["sparse_seconds"]
+        return {**row, "parts": [part for _, part in parts]}
+
+    def prefill(layer: LayerShape, slots: int) -> dict[str, Any]:
+        ruled = dataclasses.replace(layer, far_ratio=prefill_far_ratio, top_p=1.0, min_probability=1e-4)
+        return prefill_row(ruled, slots, device=device, dtype=dtype, repeats=min(repeats, 3))
+
+    def decode(layer: LayerShape, batch: int, slots: int) -> dict[str, Any]:
+        return decode_row(layer, batch, slots, device=device, dtype=dtype, repeats=repeats)
+
+    cache = ("sparse_seconds", "sparse_cache_bytes", "dense_cache_bytes")
+    rows = [
+        row_of({"mode": mode, "batch": batch, "slots": slots}, partial(decode, batch=batch, slots=slots), cache)
+        for batch in batches
+        for slots in lengths
+        for mode in mode_shapes(shape)
+    ]
+    prefill_rows = [
+        row_of({"mode": mode, "batch": 1, "slots": slots}, partial(prefill, slots=slots), ("sparse_seconds",))
+        for slots in prefill_lengths
+        for mode in mode_shapes(shape)
+    ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     which, why = ops.backend(device.type, dtype, shape.head_dim)
     return {
@@ -318,4 +466,5 @@ def bench_layer(
         "attention": f"{which} ({why})",
         "shape": dataclasses.asdict(shape),
         "rows": rows,
+        "prefill_rows": prefill_rows,
     }

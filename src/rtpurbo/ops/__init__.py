@@ -2,7 +2,7 @@
 `decode_kernels`) compute it in bounded memory."""
 
 from .decode import decode_attention
-from .prefill import backend, retrieval_attention, window_attention
+from .prefill import backend, prefill_attention, retrieval_attention, window_attention
 from .reference import far_slots, gather_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
@@ -12,6 +12,7 @@ __all__ = [
     "far_slots",
     "gather_slots",
     "index_scores",
+    "prefill_attention",
     "retrieval_attention",
     "sink_slots",
     "sparse_attention",

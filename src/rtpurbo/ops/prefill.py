@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .reference import keep_mask, near_slots, visible_scores, visible_slots
+from .reference import gather_slots, keep_mask, near_slots, pick_heads, visible_scores, visible_slots
 from .select import leaves_out, top_p_threshold
 
 
@@ -58,6 +58,72 @@ def _piece(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(a.requires_grad for a in args):
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
+
+
+def prefill_attention(
+    q: Tensor,
+    full_k: Tensor,
+    full_v: Tensor,
+    local_k: Tensor,
+    local_v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    index_q: Tensor | None,
+    index_k: Tensor | None,
+    *,
+    kv_rows: tuple[int, ...],
+    head_units: tuple[int, ...],
+    first_slot: int,
+    sinks: Tensor,
+    window_tokens: int,
+    top_p: float,
+    scaling: float,
+    real: Tensor | None = None,
+    min_probability: float = 0.0,
+) -> Tensor:
+    """Attention of a layer for many queries, every head by its role (paper, sections 3.1 and 3.2).
+
+    Args:
+        q: [B, Hq, T, D].
+        full_k, full_v: [B, F, N, D], full KV heads.
+        local_k, local_v: [B, Hkv - F, L, D], the others at slots `first_slot` to N.
+        sink_k, sink_v: [B, Hkv - F, s, D], the others at slots `sinks` [B or 1, s] (-1: none).
+        index_q, index_k: [B, U, T, d] and [B, U, N, d]; None: retrieval heads are dense.
+        kv_rows: KV head of every row of full_k, then of local_k.
+        head_units: index unit of every query head, -1 for local ones.
+        real: [B, N] bool, False for padding; None when nothing is padded.
+
+    Returns:
+        [B, Hq, T, D]
+    """
+    full, group = full_k.shape[1], q.shape[1] // len(kv_rows)
+    row = [kv_rows.index(head // group) for head in range(len(head_units))]
+    retrieval = [head for head, unit in enumerate(head_units) if unit >= 0]
+    on_local = [head for head in range(len(row)) if row[head] >= full]
+    on_full = [head for head, unit in enumerate(head_units) if unit < 0 and row[head] < full]
+    parts = []
+    if retrieval:
+        rows = [row[head] for head in retrieval]
+        parts.append(
+            retrieval_attention(
+                pick_heads(q, retrieval), pick_heads(full_k, rows), pick_heads(full_v, rows), index_q, index_k,
+                heads_per_unit=len(retrieval) // (max(head_units) + 1), sinks=sinks, window_tokens=window_tokens,
+                top_p=top_p, min_probability=min_probability, scaling=scaling, real=real,
+            )
+        )  # fmt: skip
+    window = partial(window_attention, sinks=sinks, window_tokens=window_tokens, scaling=scaling, real=real)
+    if on_local:
+        rows = [row[head] - full for head in on_local]
+        near = (pick_heads(x, rows) for x in (local_k, local_v, sink_k, sink_v))
+        parts.append(window(pick_heads(q, on_local), *near, first_slot=first_slot))
+    if on_full:
+        rows = [row[head] for head in on_full]
+        first = max(0, full_k.shape[2] - q.shape[2] - window_tokens)
+        near = (pick_heads(x, rows) for x in (full_k[:, :, first:], full_v[:, :, first:]))
+        old = (pick_heads(gather_slots(x, sinks), rows) for x in (full_k, full_v))
+        parts.append(window(pick_heads(q, on_full), *near, *old, first_slot=first))
+    order = [*retrieval, *on_local, *on_full]
+    return pick_heads(torch.cat(parts, 1).to(q.dtype), [order.index(head) for head in range(len(order))])
 
 
 def retrieval_attention(

@@ -6,6 +6,8 @@ U index units, S query heads per unit, d index dimension. A *slot* is a place in
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -118,3 +120,14 @@ def sparse_attention(
     logits = (q.float() @ k.float().transpose(-1, -2)) * scaling
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     return (weights @ v.float()).to(q.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the same tensor serves training and inference
+        return torch.tensor(heads, dtype=torch.long, device=device)
+
+
+def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
+    """x[:, heads], by an index that stays on the device: a list would be copied there, and waited for, each time."""
+    return x.index_select(1, _head_index(tuple(heads), x.device))
