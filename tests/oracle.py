@@ -26,15 +26,18 @@ def exact_smallest_set(scores: Tensor, top_p: float) -> Tensor:
 
 def selected(scores: Tensor, top_p: float, min_probability: float = 0.0) -> Tensor:
     """[..., N] bool: of scores rounded down to 1/16 nat, nothing 16 nats or more below the best counting, the exact
-    smallest set with all that tie with its last member, and whatever lies one step below the best."""
+    smallest set with all that tie with its last member; of these, those whose grid step is as probable as asked for; and
+    whatever lies one step below the best."""
     if top_p >= 1.0 and min_probability == 0.0:
         return scores.isfinite()
     grid = (scores.double() * 16).floor()
     best = grid.amax(-1, keepdim=True)
     counted = (grid / 16).masked_fill(best - grid >= 256, -torch.inf)
     last = grid.masked_fill(~exact_smallest_set(counted, top_p), torch.inf).amin(-1, keepdim=True)
-    probability = counted.softmax(-1)
-    return (grid >= torch.minimum(last, best - 1)) & ((probability >= min_probability) | (grid >= best - 1))
+    if top_p >= 1.0:
+        last = torch.full_like(last, -torch.inf)
+    probable = (grid / 16 - scores.double().logsumexp(-1, keepdim=True)).exp() >= min_probability
+    return scores.isfinite() & (((grid >= last) & probable) | (grid >= best - 1))
 
 
 def allowed(visible: Tensor, real: Tensor, heads, layer: int, config, query_heads: int) -> Tensor:

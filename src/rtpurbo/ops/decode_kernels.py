@@ -1,7 +1,8 @@
 """Triton kernels of `decode`: a layer's decode step in two launches, whatever the roles of its heads.
 
-1. `_score`: index scores of all tokens, rounded down to the grid (int16), and a histogram of them for every split of the
-   keys. The last split of a unit to finish adds the histograms up and finds the threshold (`select.top_p_threshold`).
+1. `_score`: index scores of all tokens, rounded down to the grid (int16), and for every split of the keys their softmax's
+   sum and, for top-p, a histogram of them. The last split of a unit to finish adds these up and finds the threshold
+   (`select.top_p_threshold`).
 2. `_attend`: near splits (the window; the first one takes the sinks too) and far splits (selected tokens: compacted, then
    gathered) of every KV head, all query heads of its group together, so that keys and values are read once. The last
    split of a KV head to finish combines them by their log-sum-exp.
@@ -48,25 +49,35 @@ PROGRAMS = 528
 
 
 @triton.jit
-def _merged(p_counts, p_tops, first, count, PARTS: tl.constexpr, STEPS: tl.constexpr, LOWEST: tl.constexpr):
-    """(best grid score, histogram below it) of `count` splits that other programs wrote, past the L1 cache."""
+def _merged(
+    p_counts, p_tops, p_mass, first, count, PARTS: tl.constexpr, STEPS: tl.constexpr, LOWEST: tl.constexpr,
+    STEP: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """(best grid score, mass relative to it, histogram below it) of `count` splits that other programs wrote, past the L1
+    cache."""
     o_p, o_s = tl.arange(0, PARTS), tl.arange(0, STEPS)
     m_p = o_p < count
     tops = tl.load(p_tops + first + o_p, mask=m_p, other=LOWEST, cache_modifier=".cg")
     best = tl.max(tops, 0)
-    place = o_s[None, :] - (best - tops)[:, None]
-    p_part = p_counts + (first + o_p)[:, None] * STEPS + place
-    return best, tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
+    parts = tl.load(p_mass + first + o_p, mask=m_p, other=0.0, cache_modifier=".cg")
+    mass = tl.sum(parts * tl.exp(STEP * (tops - best).to(tl.float32)), 0)
+    counts = tl.zeros([STEPS], tl.int32)
+    if SEARCH:
+        place = o_s[None, :] - (best - tops)[:, None]
+        p_part = p_counts + (first + o_p)[:, None] * STEPS + place
+        counts = tl.sum(tl.load(p_part, mask=m_p[:, None] & (place >= 0), other=0, cache_modifier=".cg"), 0)
+    return best, mass, counts
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
 def _score(
-    p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_arrived, p_least,
+    p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_mass, p_arrived, p_least,
     units, slots, width, span, splits, top_p, min_probability, s_kb, s_ku, s_kn,
     d: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr, OVERLAP: tl.constexpr,
+    PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr, OVERLAP: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
-    """Grid scores of `span` tokens of one unit, and their histogram; the last one to finish finds the unit's threshold."""
+    """Grid scores of `span` tokens of one unit, their softmax's sum and, for top-p, their histogram; the last one to finish
+    finds the unit's threshold."""
     if OVERLAP:
         gdc_launch_dependents()
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -80,6 +91,7 @@ def _score(
     stop = tl.minimum(begin + span, length)
     p_keys = p_ik + batch * s_kb + unit * s_ku
     top = tl.full([], LOWEST, tl.int32)
+    mass = tl.zeros([], tl.float32)
     for start in range(begin, stop, TILE):
         o_k = start + tl.arange(0, TILE)
         m_k = o_k < stop
@@ -95,42 +107,57 @@ def _score(
             m_seen = m_k & ((b_real != 0) | (o_k == length - 1))
         bins = tl.where(m_seen, bins, LOWEST)
         tl.store(p_bins + row * width + o_k, bins.to(tl.int16))  # unmasked, so in whole vectors: rows are wide enough
-        top = tl.maximum(top, tl.max(bins, 0))
-    tl.debug_barrier()
-    counts = tl.zeros([STEPS], tl.int32)
-    for start in range(begin, stop, TILE):
-        o_k = start + tl.arange(0, TILE)
-        bins = tl.load(p_bins + row * width + o_k).to(tl.int32)
-        below = top - bins
-        counts += tl.histogram(below, STEPS, mask=(bins > LOWEST) & (below < STEPS))
+        higher = tl.maximum(top, tl.max(bins, 0))
+        weights = tl.where(m_seen, tl.exp(scores - STEP * higher.to(tl.float32)), 0.0)
+        mass = mass * tl.exp(STEP * (top - higher).to(tl.float32)) + tl.sum(weights, 0)
+        top = higher
     o_s = tl.arange(0, STEPS)
+    counts = tl.zeros([STEPS], tl.int32)
+    if SEARCH:
+        tl.debug_barrier()
+        for start in range(begin, stop, TILE):
+            o_k = start + tl.arange(0, TILE)
+            bins = tl.load(p_bins + row * width + o_k).to(tl.int32)
+            below = top - bins
+            counts += tl.histogram(below, STEPS, mask=(bins > LOWEST) & (below < STEPS))
     sets = (splits + PARTS - 1) // PARTS
     mine = split // PARTS
     place = row * (splits + sets)  # splits, then sets of them
-    tl.store(p_counts + (place + split) * STEPS + o_s, counts)
+    if SEARCH:
+        tl.store(p_counts + (place + split) * STEPS + o_s, counts)
     tl.store(p_tops + place + split, top)
+    tl.store(p_mass + place + split, mass)
     tl.debug_barrier()
     p_count = p_arrived + row * (PARTS + 1)
     its = tl.minimum(splits - mine * PARTS, PARTS)
     if tl.atomic_add(p_count + 1 + mine, 1) == its - 1:
-        best, merged = _merged(p_counts, p_tops, place + mine * PARTS, its, PARTS, STEPS, LOWEST)
+        best, total, merged = _merged(
+            p_counts, p_tops, p_mass, place + mine * PARTS, its, PARTS, STEPS, LOWEST, STEP, SEARCH
+        )
         tl.store(p_count + 1 + mine, 0)
         last = sets == 1
         if sets > 1:
-            tl.store(p_counts + (place + splits + mine) * STEPS + o_s, merged)
+            if SEARCH:
+                tl.store(p_counts + (place + splits + mine) * STEPS + o_s, merged)
             tl.store(p_tops + place + splits + mine, best)
+            tl.store(p_mass + place + splits + mine, total)
             tl.debug_barrier()
             last = tl.atomic_add(p_count, 1) == sets - 1
             if last:
-                best, merged = _merged(p_counts, p_tops, place + splits, sets, PARTS, STEPS, LOWEST)
+                best, total, merged = _merged(
+                    p_counts, p_tops, p_mass, place + splits, sets, PARTS, STEPS, LOWEST, STEP, SEARCH
+                )
                 tl.store(p_count, 0)
         if last:
-            mass = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
-            total = tl.sum(mass, 0)
-            steps = tl.minimum(tl.sum((tl.cumsum(mass, 0) < top_p * total).to(tl.int32), 0), STEPS - 1)
+            least = tl.full([], LOWEST, tl.int32)
+            if SEARCH:
+                kept = merged.to(tl.float32) * tl.exp(-STEP * o_s.to(tl.float32))
+                short = tl.cumsum(kept, 0) < top_p * tl.sum(kept, 0)
+                least = best - tl.minimum(tl.sum(short.to(tl.int32), 0), STEPS - 1)
             if min_probability > 0:
-                steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * tl.maximum(total, 1.0)) / STEP).to(tl.int32))
-            tl.store(p_least + row, best - tl.maximum(steps, 1))
+                nats = tl.log(min_probability * tl.maximum(total, 1e-20))  # above the best step
+                least = tl.maximum(least, best + tl.ceil(nats / STEP).to(tl.int32))
+            tl.store(p_least + row, tl.minimum(least, best - 1))
 
 
 @triton.jit
@@ -394,16 +421,19 @@ def thresholds(
     sets = -(-splits // PARTS)
     width = _width(slots)
     bins = torch.empty(batch, units, width, dtype=torch.int16, device=device)
-    counts = torch.empty(batch, units, splits + sets, GRID_STEPS, dtype=torch.int32, device=device)
+    search = top_p < 1.0
+    counts = torch.empty(batch, units, splits + sets, GRID_STEPS if search else 0, dtype=torch.int32, device=device)
     tops = torch.empty(batch, units, splits + sets, dtype=torch.int32, device=device)
+    mass = torch.empty(batch, units, splits + sets, dtype=torch.float32, device=device)
     least = torch.empty(batch, units, dtype=torch.int32, device=device)
     with _on(index_q):
         _score[(splits, batch * units)](
             index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
-            tops, _counters(device, batch * units * (PARTS + 1), "score"), least, units, slots, width, span, splits,
-            top_p if top_p < 1.0 else 2.0, min_probability, *index_k.stride()[:3],
+            tops, mass, _counters(device, batch * units * (PARTS + 1), "score"), least, units, slots, width, span, splits,
+            top_p, min_probability, *index_k.stride()[:3],
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
-            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, OVERLAP=_overlaps(device), num_warps=8,
+            PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, OVERLAP=_overlaps(device), SEARCH=search,
+            num_warps=8,
         )  # fmt: skip
     return bins[..., :slots], least
 

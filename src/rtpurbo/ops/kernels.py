@@ -104,35 +104,24 @@ def _key_tile(
 
 
 @triton.jit
-def _floor(x):
-    """floor of |x| < 2^22 in additions, which a GPU does eight times as fast as its own floor."""
-    near = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is left of the point is rounded away
-    return tl.where(near > x, near - 1.0, near)
-
-
-@triton.jit
-def _grid_scores(
-    p_ik, p_real, row, units, b_iq, o_q, start, slots,
-    d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """[M, N] index scores of the N slots from `start` on, in whole grid steps, -inf where a query does not see."""
+def _scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr):
+    """[M, N] index scores of the N slots from `start` on, in nats, -inf where a query does not see."""
     o_k = start + tl.arange(0, N)
     b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + tl.arange(0, d), mask=o_k[:, None] < slots, other=0.0)
     b_real = o_k
     if PADDED:
         b_real = tl.load(p_real + row // units * slots + o_k, mask=o_k < slots, other=0).to(tl.int32)
     m_seen = _seen(o_q, o_k, b_real, False, PADDED, 0)
-    scores = tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee")
-    return tl.where(m_seen, _floor(scores * (1 / STEP)), float("-inf"))
+    return tl.where(m_seen, tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), float("-inf"))
 
 
 @triton.jit
-def _add_mass(scores, best, total, STEP: tl.constexpr, STEPS: tl.constexpr):
-    """One step of the mass within the grid below the best score so far: [M, N] grid scores -> (best [M], total [M])."""
+def _add_mass(scores, best, total):
+    """One step of the sum of exp(score - best score so far): [M, N] scores -> (best [M], total [M])."""
     higher = tl.maximum(best, tl.max(scores, 1))
-    below = scores - higher[:, None]
-    weights = tl.where(below > -STEPS, tl.exp2(below * (STEP * 1.4426950408889634)), 0.0)
-    return higher, total * tl.exp2((best - higher) * (STEP * 1.4426950408889634)) + tl.sum(weights, 1)
+    weights = tl.exp2(scores * 1.4426950408889634 - (higher * 1.4426950408889634)[:, None])
+    keep = tl.exp2((best - higher) * 1.4426950408889634)  # the difference first: exactly 1 where nothing changed
+    return higher, total * keep + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -141,57 +130,51 @@ def _thresholds(
     d: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     SEARCH: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """`select.top_p_threshold` of M queries: by a least probability in one pass; else one pass for the best score, then a
-    search of the grid, four ways a pass."""
+    """`select.top_p_threshold` of M queries: one pass for the best score and the softmax's sum; for top-p, a search of the
+    grid, four ways a pass."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_q = (slots - queries) // M * M + tile * M + tl.arange(0, M)
+    begin = (slots - queries) // M * M + tile * M
+    o_q = begin + tl.arange(0, M)
     o_t = o_q - (slots - queries)
     m_q = (o_t >= 0) & (o_t < queries)
     o_d = tl.arange(0, d)
     b_iq = tl.load(p_iq + (row * queries + o_t[:, None]) * d + o_d, mask=m_q[:, None], other=0.0)
-    stop = tl.minimum((slots - queries) // M * M + tile * M + M, slots)
-    best = tl.full([M], float("-inf"), tl.float32)
-    steps = tl.zeros([M], tl.float32)
+    stop = tl.minimum(begin + M, slots)
+    best = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
+    whole = 0 if PADDED else tl.minimum(begin + 1, stop) // N * N  # tiles before it are seen whole by all queries
+    for start in range(0, whole, N):
+        b_ik = tl.load(p_ik + (row * slots + start + tl.arange(0, N)[:, None]) * d + o_d)
+        best, total = _add_mass(tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee"), best, total)
+    for start in range(whole, stop, N):
+        best, total = _add_mass(_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED), best, total)
+    sees = best > LOWEST
+    nats = best + tl.log(tl.where(sees, total, 1.0))
+    best = tl.where(sees, tl.floor(best / STEP), 0.0)
+    least = tl.full([M], float("-inf"), tl.float32)
     if SEARCH:
-        for start in range(0, stop, N):
-            best = tl.maximum(
-                best, tl.max(_grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP), 1)
-            )
-        best = tl.where(best == float("-inf"), 0.0, best)
+        steps = tl.zeros([M], tl.float32)
         width = STEPS // 4
         while width > 0:
             first, second, third = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-            total = tl.zeros([M], tl.float32)
+            mass = tl.zeros([M], tl.float32)
             edge = (steps + (width - 1))[:, None]
             for start in range(0, stop, N):
-                below = best[:, None] - _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
+                scores = _scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED)
+                below = best[:, None] - tl.floor(scores / STEP)
                 weights = tl.where(below < STEPS, tl.exp(-STEP * below), 0.0)
                 first += tl.sum(tl.where(below <= edge, weights, 0.0), 1)
                 second += tl.sum(tl.where(below <= edge + width, weights, 0.0), 1)
                 third += tl.sum(tl.where(below <= edge + 2 * width, weights, 0.0), 1)
-                total += tl.sum(weights, 1)
-            needed = top_p * total
+                mass += tl.sum(weights, 1)
+            needed = top_p * mass
             more = (first < needed).to(tl.float32) + (second < needed).to(tl.float32) + (third < needed).to(tl.float32)
             steps += width * more
             width = width // 4
-    else:
-        steps += STEPS - 1
-        best = tl.full([M], LOWEST, tl.float32)
-        whole = 0 if PADDED else tl.minimum((slots - queries) // M * M + tile * M + 1, stop) // N * N
-        for start in range(0, whole, N):
-            o_k = start + tl.arange(0, N)
-            b_ik = tl.load(p_ik + (row * slots + o_k[:, None]) * d + o_d)
-            scores = _floor(tl.dot(b_iq, tl.trans(b_ik), input_precision="ieee") * (1 / STEP))
-            best, total = _add_mass(scores, best, total, STEP, STEPS)
-        for start in range(whole, stop, N):
-            scores = _grid_scores(p_ik, p_real, row, units, b_iq, o_q, start, slots, d, N, PADDED, STEP)
-            best, total = _add_mass(scores, best, total, STEP, STEPS)
-        best = tl.where(best == LOWEST, 0.0, best)
+        least = best - steps
     if min_probability > 0:
-        steps = tl.minimum(steps, tl.floor(-tl.log(min_probability * total) / STEP))
-    least = (best - tl.maximum(steps, 1.0)) * STEP
-    tl.store(p_least + row * queries + o_t, least, mask=m_q)
+        least = tl.maximum(least, tl.where(sees, tl.ceil((nats + tl.log(min_probability)) / STEP), best))
+    tl.store(p_least + row * queries + o_t, tl.minimum(least, best - 1.0) * STEP, mask=m_q)
 
 
 @triton.jit
@@ -534,7 +517,7 @@ def top_p_thresholds(
     batch, units, queries, dim = index_q.shape
     slots = index_k.shape[2]
     least = torch.empty(batch, units, queries, dtype=torch.float32, device=index_q.device)
-    tile = _tiles(dim)
+    tile = {"M": 64, "N": 64 if top_p < 1.0 else 128, "num_warps": 4}
     m = tile["M"]
     grid = (-(-slots // m) - (slots - queries) // m, batch * units)
     with _on(index_q):
