@@ -211,9 +211,18 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
 
 @torch.no_grad()
 def prefill_row(
-    shape: LayerShape, slots: int, *, device: torch.device, dtype: torch.dtype, repeats: int = 3
+    shape: LayerShape,
+    slots: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 3,
+    dense: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the prefill of a layer: a prompt of `slots` tokens at once, batch 1.
+
+    Args:
+        dense: a row of the same geometry and length, whose dense times are taken instead of measured again.
 
     Returns:
         "slots", "far_ratio" (of a tile of positions; None without retrieval heads), "error" and "error_allowed",
@@ -223,8 +232,8 @@ def prefill_row(
     Raises:
         ValueError: the sparse result is wrong on these inputs; nothing is timed then.
     """
-    step, dense, chosen = prefill_step(shape, slots, device=device, dtype=dtype)
-    got, allowed = prefill_error(shape, step, dense, chosen)
+    step, inputs, chosen = prefill_step(shape, slots, device=device, dtype=dtype)
+    got, allowed = prefill_error(shape, step, inputs, chosen)
     if not got <= allowed:
         raise ValueError(f"Sparse prefill of {slots} tokens is wrong by {got:.3g}, allowed are {allowed:.3g}; not timed.")
     row: dict[str, Any] = {
@@ -232,8 +241,8 @@ def prefill_row(
         "far_ratio": float(chosen.float().mean()) if shape.units else None,
         "error": got,
         "error_allowed": allowed,
-        "dense_seconds": {},
-        "refused": {},
+        "dense_seconds": dense["dense_seconds"] if dense else {},
+        "refused": dense["refused"] if dense else {},
         "peak_bytes": None,
     }
     if device.type == "cuda":
@@ -241,7 +250,7 @@ def prefill_row(
         torch.cuda.reset_peak_memory_stats(device)
         step()
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    for name, call in dense_prefills(*dense).items():
+    for name, call in dense_prefills(*inputs).items() if dense is None else ():
         try:
             row["dense_seconds"][name] = median_seconds([call], device=device, repeats=repeats)
         except (
@@ -442,14 +451,13 @@ def bench_layer(
             row["speedup"] = row["dense_seconds"] / row["sparse_seconds"]
         return {**row, "parts": [part for _, part in parts]}
 
+    measured: dict[int, dict[str, Any]] = {}
+
     def prefill(layer: LayerShape, slots: int) -> dict[str, Any]:
-        return prefill_row(
-            dataclasses.replace(layer, far_ratio=prefill_far_ratio),
-            slots,
-            device=device,
-            dtype=dtype,
-            repeats=min(repeats, 3),
-        )
+        layer = dataclasses.replace(layer, far_ratio=prefill_far_ratio)
+        row = prefill_row(layer, slots, device=device, dtype=dtype, repeats=min(repeats, 3), dense=measured.get(slots))
+        measured.setdefault(slots, row)
+        return row
 
     def decode(layer: LayerShape, batch: int, slots: int) -> dict[str, Any]:
         return decode_row(layer, batch, slots, device=device, dtype=dtype, repeats=repeats)

@@ -26,7 +26,7 @@ BIT_POSITIONS = 128
 """Positions whose scores a program of `_far_bits` compares with their thresholds at once."""
 BIT_TOKENS = 64
 """Tokens that it compares them for."""
-FAR_TOKENS = 4096
+FAR_TOKENS = 8192
 """Tokens whose bits a program of `_gather` makes a list of at once."""
 KEY_TILE = 64
 """Tokens of one tile product."""
