@@ -162,6 +162,40 @@ def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, paddin
     close(got, (q, k, v), lambda q, k, v: plain(q, k, v, keep, SCALING))
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "retrieval", "unit_size"),
+    [(6, 2, (1, 3, 4), 1), (6, 3, (2, 3), 2), (4, 2, (), 1), (4, 4, (3, 1), 1)],
+)
+def test_a_layers_heads_are_read_and_written_in_place(query_heads, kv_heads, retrieval, unit_size, padding, monkeypatch):
+    """The kernels find every head by its number, in one tensor; plain PyTorch picks and copies them."""
+    slots, queries, window, group = 150, 70, 30, query_heads // kv_heads
+    units = max(1, len(retrieval) // unit_size)
+    q, _, _, index_q, index_k = make_inputs(2, query_heads, slots, queries, units=units)
+    k, v = make_inputs(2, kv_heads, slots, queries)[1:3]
+    real = make_real(padding, 2, slots)
+    sinks = sink_slots(real, 3, device=DEVICE)
+    full = sorted({head // group for head in retrieval})
+    rows = (*full, *(g for g in range(kv_heads) if g not in full))
+    places = {head: i // unit_size for i, head in enumerate(retrieval)}
+    first = 40
+    full_k, full_v, every_k, every_v = (x[:, part] for part in (rows[: len(full)], rows[len(full) :]) for x in (k, v))
+
+    def run():
+        return ops.prefill_attention(
+            q, full_k, full_v, every_k[:, :, first:], every_v[:, :, first:], gather_slots(every_k, sinks),
+            gather_slots(every_v, sinks), index_q if retrieval else None, index_k if retrieval else None, kv_rows=rows,
+            head_units=tuple(places.get(head, -1) for head in range(query_heads)), first_slot=first, sinks=sinks,
+            window_tokens=window, top_p=1.0, min_probability=0.02, scaling=SCALING, real=real,
+        )  # fmt: skip
+
+    monkeypatch.setattr(ops.prefill, "_kernels", lambda q: None)
+    want = run()
+    monkeypatch.setattr(ops.prefill, "_kernels", lambda q: kernels)
+    got = run()
+    torch.testing.assert_close(got.float(), want.float(), atol=1e-5 if DEVICE == "cpu" else 2e-2, rtol=2e-2)
+
+
 def test_chunks_give_the_same_bits():
     q, _, _, index_q, index_k = make_inputs(1, 2, 150, 150, units=1)
     k, v = (x.repeat_interleave(2, 1) for x in make_inputs(1, 1, 150, 150)[1:3])
@@ -373,7 +407,7 @@ from rtpurbo.ops import decode_kernels, gather_kernels, kernels
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
             "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32",
-            "p_bits": "*i32"}
+            "p_bits": "*i32", "p_heads": "*i32", "p_rows": "*i32"}
 DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32", "p_ml": "*fp32", "p_mass": "*fp32"}
 DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
                                             "head_units", "table", "local_table")}

@@ -108,7 +108,7 @@ def _score(
         bins = tl.where(m_seen, bins, LOWEST)
         tl.store(p_bins + row * width + o_k, bins.to(tl.int16))  # unmasked, so in whole vectors: rows are wide enough
         higher = tl.maximum(top, tl.max(bins, 0))
-        weights = tl.where(m_seen, tl.exp(scores - STEP * higher.to(tl.float32)), 0.0)
+        weights = tl.exp(tl.where(m_seen, scores - STEP * higher.to(tl.float32), float("-inf")))
         mass = mass * tl.exp(STEP * (top - higher).to(tl.float32)) + tl.sum(weights, 0)
         top = higher
     o_s = tl.arange(0, STEPS)

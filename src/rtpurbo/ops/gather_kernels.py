@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, numbers
 
 BIT_POSITIONS = 128
 """Positions whose scores a program of `_far_bits` compares with their thresholds at once."""
@@ -109,8 +109,8 @@ def _near_tile(
 
 @triton.jit(do_not_specialize=["queries", "slots", "first", "tiles"])
 def _gather(
-    p_q, p_k, p_v, p_iq, p_ik, p_least, p_real, p_sink, p_bits, p_list, p_out,
-    queries, slots, first, units, words, tiles, rows, window, scale,
+    p_q, p_k, p_v, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_bits, p_list, p_out,
+    queries, slots, first, units, words, tiles, rows, window, scale, q_heads, kv_heads,
     D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, P: tl.constexpr, FAR: tl.constexpr,
     T: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -129,9 +129,12 @@ def _gather(
         b_least = tl.load(p_least + row * queries + o_slot - offset, mask=m_p, other=float("inf"))
         o_q = begin + o_r % P
         m_q = (o_q >= offset) & (o_q < slots) & (o_r // P < S)
-        o_row = (row * S + o_r // P) * queries + o_q - offset
+        first_head = row % units * S
+        heads = tl.load(p_heads + first_head + tl.minimum(o_r // P, S - 1))
+        o_row = (batch * q_heads + heads) * queries + o_q - offset
+        kv_row = batch * kv_heads + tl.load(p_rows + first_head)
         b_q = tl.load(p_q + o_row[:, None] * D + o_d, mask=m_q[:, None], other=0.0)
-        p_keys, p_values, p_index = p_k + row * S * slots * D, p_v + row * S * slots * D, p_ik + row * slots * d
+        p_keys, p_values, p_index = p_k + kv_row * slots * D, p_v + kv_row * slots * D, p_ik + row * slots * d
         p_is_sink, p_is_real = p_sink + tl.where(ONE_ROW, 0, batch) * slots, p_real + batch * slots
         peak = tl.full([SP * P], float("-inf"), tl.float32)
         total = tl.zeros([SP * P], tl.float32)
@@ -186,6 +189,9 @@ def retrieval_prefill(
     v: Tensor,
     index: tuple[Tensor, Tensor, Tensor],
     *,
+    heads: tuple[int, ...],
+    rows: tuple[int, ...],
+    out: Tensor | None,
     heads_per_unit: int,
     is_sink: Tensor,
     window_tokens: int,
@@ -195,23 +201,27 @@ def retrieval_prefill(
     """`prefill.retrieval_attention` by an index, without gradients.
 
     Args:
-        q: [B, U*S, T, D]; k, v: [B, U*S, N, D], of which each unit's first row is read.
+        q: [B, Hq, T, D]; k, v: [B, Hk, N, D].
+        heads, rows: U*S heads of q, unit by unit, and the rows of k and v that they read, the same for all of a unit.
+        out: like q, contiguous, to write these heads into; None: a new tensor.
         index: queries [B, U, T, d] and keys [B, U, N, d], d at least 16 and a power of two, and thresholds [B, U, T].
         is_sink, real: [B or 1, N] and [B, N] uint8.
 
     Returns:
-        [B, U*S, T, D]
+        `out`
     """
-    batch, heads, queries, dim = q.shape
+    batch, _, queries, dim = q.shape
     slots = k.shape[2]
     index_q, index_k, least = index
-    units = heads // heads_per_unit
+    units = len(heads) // heads_per_unit
     many = positions(heads_per_unit)
     flags = {"d": index_q.shape[-1], "P": many, "T": KEY_TILE, "PADDED": real is not None, "ONE_ROW": is_sink.shape[0] == 1}
     words = triton.cdiv(max(slots - window_tokens, 1), 32 * KEY_TILE) * KEY_TILE
     block = max(BIT_POSITIONS, many)
     at_once = max(1, WORKSPACE_WORDS // (batch * units * words * (block // many)))  # blocks of positions
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    maps = (numbers(heads, q.device), numbers(rows, q.device))
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     masks = (is_sink if real is None else real, is_sink)
     with _on(q):
@@ -226,8 +236,9 @@ def retrieval_prefill(
             programs = min(PROGRAMS, tiles * batch * units)
             scratch = torch.empty(programs, FAR_TOKENS, dtype=torch.int32, device=q.device)
             _gather[(programs,)](
-                q, k, v, index_q, index_k, least, *masks, bits, scratch, out,
-                queries, slots, first, units, words, tiles, batch * units, window_tokens, scaling * LOG2E,
+                q, k, v, index_q, index_k, least, *masks, *maps, bits, scratch, out,
+                queries, slots, first, units, words, tiles, batch * units, window_tokens, scaling * LOG2E, q.shape[1],
+                k.shape[1],
                 D=dim, S=heads_per_unit, SP=triton.next_power_of_2(heads_per_unit), FAR=FAR_TOKENS, **flags, num_warps=8,
             )  # fmt: skip
     return out

@@ -10,6 +10,8 @@ Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks; M queries and N k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def _whole_tiles(begin, start_at, stop, window, M: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _key_tile(
-    p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+    p_k, p_v, p_ik, p_real, p_sink, kv_row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
     D: tl.constexpr, d: tl.constexpr, N: tl.constexpr,
     LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +92,8 @@ def _key_tile(
     o_k = start + tl.arange(0, N)
     m_k = (o_k >= first_slot) & (o_k < last)
     o_l, o_d = o_k - first_slot, tl.arange(0, D)
-    b_k = tl.load(p_k + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
-    b_v = tl.load(p_v + (row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+    b_k = tl.load(p_k + (kv_row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
+    b_v = tl.load(p_v + (kv_row * length + o_l[:, None]) * D + o_d, mask=m_k[:, None], other=0.0)
     b_real = o_k
     if PADDED:
         b_real = tl.load(p_real + batch * last + o_k, mask=m_k, other=0).to(tl.int32)
@@ -203,12 +205,15 @@ def _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale):
 
 @triton.jit
 def _forward(
-    p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_out, p_lse,
-    queries, length, first_slot, heads, per_unit, window, scale,
+    p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_out, p_lse,
+    queries, length, first_slot, heads, per_unit, window, scale, q_heads, kv_heads,
     D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of one tile of M queries of one head, online over key tiles; base-2 log-sum-exp beside it."""
+    """Softmax attention of one tile of M queries of one head, online over key tiles; base-2 log-sum-exp beside it.
+
+    Head number h of a launch is q's head p_heads[h] and reads the keys and values of row p_rows[h].
+    """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     last = first_slot + length
     begin = (last - queries) // M * M + tile * M
@@ -216,9 +221,11 @@ def _forward(
     o_t = o_q - (last - queries)
     m_q = (o_t >= 0) & (o_t < queries)
     o_d, o_i = tl.arange(0, D), tl.arange(0, d)
-    b_q = tl.load(p_q + (row * queries + o_t[:, None]) * D + o_d, mask=m_q[:, None], other=0.0)
     unit = row // per_unit
     batch = row // heads
+    q_row = batch * q_heads + tl.load(p_heads + row % heads)
+    kv_row = batch * kv_heads + tl.load(p_rows + row % heads)
+    b_q = tl.load(p_q + (q_row * queries + o_t[:, None]) * D + o_d, mask=m_q[:, None], other=0.0)
     b_iq, b_least = b_q, o_q.to(tl.float32)
     if SELECT:
         b_iq = tl.load(p_iq + (unit * queries + o_t[:, None]) * d + o_i, mask=m_q[:, None], other=0.0)
@@ -231,8 +238,8 @@ def _forward(
     if LOCAL:
         o_s = tl.arange(0, S)
         b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
-        b_sk = tl.load(p_sk + (row * S + o_s[:, None]) * D + o_d)
-        b_sv = tl.load(p_sv + (row * S + o_s[:, None]) * D + o_d)
+        b_sk = tl.load(p_sk + (kv_row * S + o_s[:, None]) * D + o_d)
+        b_sv = tl.load(p_sv + (kv_row * S + o_s[:, None]) * D + o_d)
         m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
         old = tl.where(m_old, tl.dot(b_q, tl.trans(b_sk), input_precision="ieee") * scale, float("-inf"))
         peak = tl.max(old, 1)
@@ -244,24 +251,24 @@ def _forward(
         whole_from, whole_to = _whole_tiles(begin, start_at, stop, window, M, N, LOCAL)
     for start in range(start_at, whole_from, N):
         b_k, b_v, m_seen = _key_tile(
-            p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+            p_k, p_v, p_ik, p_real, p_sink, kv_row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
             D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
         )  # fmt: skip
         peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     if not SELECT and not PADDED:
         for start in range(whole_from, whole_to, N):
-            o_k = row * length + start - first_slot + tl.arange(0, N)
+            o_k = kv_row * length + start - first_slot + tl.arange(0, N)
             b_k, b_v = tl.load(p_k + o_k[:, None] * D + o_d), tl.load(p_v + o_k[:, None] * D + o_d)
             peak, total, acc = _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale)
         for start in range(whole_to, stop, N):
             b_k, b_v, m_seen = _key_tile(
-                p_k, p_v, p_ik, p_real, p_sink, row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
+                p_k, p_v, p_ik, p_real, p_sink, kv_row, unit, batch, start, length, first_slot, o_q, b_iq, b_least, window,
                 D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
             )  # fmt: skip
             peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     total = tl.where(m_q, total, 1.0)
     peak = tl.where(m_q, peak, 0.0)
-    o_out = (row * queries + o_t[:, None]) * D + o_d
+    o_out = (q_row * queries + o_t[:, None]) * D + o_d
     tl.store(p_out + o_out, (acc / total[:, None]).to(p_out.dtype.element_ty), mask=m_q[:, None])
     tl.store(p_lse + row * queries + o_t, peak + tl.log2(total), mask=m_q)
 
@@ -384,8 +391,8 @@ class _MaskedFlash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor | None, sink_v: Tensor | None, call: _Call):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        call.launch(_forward, q, k, v, sink_k, sink_v, out, lse)
+        out = torch.empty_like(q)
+        lse = call.forward(q, k, v, sink_k, sink_v, out)
         ctx.call = call
         ctx.save_for_backward(q, k, v, sink_k, sink_v, out, lse)
         ctx.mark_non_differentiable(lse)
@@ -423,8 +430,13 @@ class _Call:
         index: tuple[Tensor, Tensor, Tensor] | None = None,
         heads_per_unit: int = 1,
         local: bool = False,
+        heads: tuple[int, ...] | None = None,
+        rows: tuple[int, ...] | None = None,
     ):
-        self.q_shape = q.shape
+        """`heads` of q, in this order, read `rows` of k and v; None: all, each its own."""
+        every = tuple(range(q.shape[1]))
+        self.heads, self.rows = heads or every, rows or every
+        self.q_shape = (q.shape[0], len(self.heads), *q.shape[2:])
         self.length, self.first_slot, self.window, self.scaling = length, first_slot, window_tokens, scaling
         self.index, self.per_unit, self.local = index, heads_per_unit, local
         last = first_slot + length
@@ -465,13 +477,18 @@ class _Call:
         last = self.first_slot + self.length
         return -(-last // tile) - (last - queries) // tile, batch * heads
 
-    def launch(self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, sk: Tensor | None, sv: Tensor | None, *outs: Tensor):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sk: Tensor | None, sv: Tensor | None, out: Tensor) -> Tensor:
+        """Write the heads' attention into `out`, like q; all tensors contiguous. Returns base-2 log-sum-exps."""
         sinks = (sk, sv, self.sinks) if sk is not None and sv is not None else (q,) * 3
+        lse = torch.empty(self.q_shape[:3], dtype=torch.float32, device=q.device)
+        maps = (numbers(self.heads, q.device), numbers(self.rows, q.device))
         tile = _tiles(q.shape[3]) if self.index is not None else _forward_tiles(q.shape[3])
         with _on(q):
-            kernel[self._query_grid(tile["M"])](
-                q, k, v, *sinks, *self._masks(q), *outs, *self._numbers(), S=self._sink_rows, **self._flags(tile)
-            )
+            _forward[self._query_grid(tile["M"])](
+                q, k, v, *sinks, *self._masks(q), *maps, out, lse, *self._numbers(), q.shape[1], k.shape[1],
+                S=self._sink_rows, **self._flags(tile),
+            )  # fmt: skip
+        return lse
 
     @property
     def _sink_rows(self) -> int:
@@ -498,6 +515,13 @@ class _Call:
             _backward_keys[(tiles, self.q_shape[0] * self.q_shape[1])](
                 q, k, v, *self._masks(q), grad, lse, delta, gk, gv, *self._numbers(), **self._flags(self._tile)
             )
+
+
+@lru_cache(maxsize=4096)
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 numbers on a device, kept there: copied anew, each call would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
@@ -549,28 +573,28 @@ def retrieval_attention(
     scaling: float,
     real: Tensor | None = None,
     min_probability: float = 0.0,
+    place: Place | None = None,
 ) -> Tensor:
-    """`prefill.retrieval_attention`, same arguments and meaning."""
+    """`prefill.retrieval_attention`, same arguments and meaning; with a `place`, no gradients."""
     index = None
     if index_q is not None and index_k is not None and leaves_out(top_p, min_probability):
         index_q, index_k = _padded_index(index_q), _padded_index(index_k)
         index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p, min_probability))
     call = _Call(
         q, length=k.shape[2], first_slot=0, window_tokens=window_tokens, scaling=scaling, real=real, sinks=sinks,
-        index=index, heads_per_unit=heads_per_unit,
+        index=index, heads_per_unit=heads_per_unit, heads=place.heads if place else None,
+        rows=place.rows if place else None,
     )  # fmt: skip
-    if (
-        index is not None
-        and call.is_sink is not None
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-    ):
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if index is not None and call.is_sink is not None and not training:
         from .gather_kernels import retrieval_prefill
 
         return retrieval_prefill(
-            q, k, v, index, heads_per_unit=heads_per_unit, is_sink=call.is_sink, window_tokens=window_tokens,
-            scaling=scaling, real=call.real,
+            q, k, v, index, heads=call.heads, rows=call.rows, out=place.out if place else None,
+            heads_per_unit=heads_per_unit, is_sink=call.is_sink, window_tokens=window_tokens, scaling=scaling,
+            real=call.real,
         )  # fmt: skip
-    return _MaskedFlash.apply(q, k, v, None, None, call)[0]  # type: ignore[no-untyped-call]
+    return _attend(q, k, v, None, None, call, place)
 
 
 def window_attention(
@@ -585,12 +609,35 @@ def window_attention(
     window_tokens: int,
     scaling: float,
     real: Tensor | None = None,
+    place: Place | None = None,
 ) -> Tensor:
-    """`prefill.window_attention`, same arguments and meaning."""
+    """`prefill.window_attention`, same arguments and meaning; with a `place`, no gradients."""
     pad = max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])) - sinks.shape[1]
     sink_k, sink_v = (F.pad(x, (0, 0, 0, pad)).contiguous() for x in (sink_k, sink_v))
     call = _Call(
         q, length=k.shape[2], first_slot=first_slot, window_tokens=window_tokens, scaling=scaling, real=real,
-        sinks=F.pad(sinks, (0, pad), value=-1), local=True,
+        sinks=F.pad(sinks, (0, pad), value=-1), local=True, heads=place.heads if place else None,
+        rows=place.rows if place else None,
     )  # fmt: skip
-    return _MaskedFlash.apply(q, k, v, sink_k, sink_v, call)[0]  # type: ignore[no-untyped-call]
+    return _attend(q, k, v, sink_k, sink_v, call, place)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launch finds its heads in a layer's tensors, and where its result goes."""
+
+    heads: tuple[int, ...]
+    """Heads of q, in this order."""
+    rows: tuple[int, ...]
+    """Row of k and v that each of them reads."""
+    out: Tensor
+    """Contiguous, of q's shape; the other heads of it are left as they are."""
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor | None, sink_v: Tensor | None, call: _Call, place: Place | None
+) -> Tensor:
+    if place is None:
+        return _MaskedFlash.apply(q, k, v, sink_k, sink_v, call)[0]  # type: ignore[no-untyped-call]
+    call.forward(q.contiguous(), k.contiguous(), v.contiguous(), sink_k, sink_v, place.out)
+    return place.out

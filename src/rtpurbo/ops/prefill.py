@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,27 +102,39 @@ def prefill_attention(
     retrieval = [head for head, unit in enumerate(head_units) if unit >= 0]
     on_local = [head for head in range(len(row)) if row[head] >= full]
     on_full = [head for head, unit in enumerate(head_units) if unit < 0 and row[head] < full]
+    units = max(head_units) + 1
+    selects = index_q is not None and leaves_out(top_p, min_probability)
+    kernels = None if torch.is_grad_enabled() and q.requires_grad else _kernels(q)
+    in_place = kernels is not None and (selects or not retrieval)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if in_place else None
+
+    def attend(function: Callable, heads: list[int], rows: list[int], kv: tuple[Tensor, ...], *more: Tensor | None, **rest):
+        """The attention of some heads: written to `out` by a kernel, else returned."""
+        if in_place:
+            assert kernels is not None
+            assert out is not None
+            place = kernels.Place(tuple(heads), tuple(rows), out)
+            return getattr(kernels, function.__name__)(q, *kv, *more, **shared, **rest, place=place)
+        picked = (pick_heads(x, rows) for x in kv)
+        return function(pick_heads(q, heads), *picked, *more, **shared, **rest)
+
+    shared: dict[str, Any] = {"sinks": sinks, "window_tokens": window_tokens, "scaling": scaling, "real": real}
     parts = []
     if retrieval:
+        rule = {"top_p": top_p, "min_probability": min_probability, "heads_per_unit": len(retrieval) // units}
         rows = [row[head] for head in retrieval]
-        parts.append(
-            retrieval_attention(
-                pick_heads(q, retrieval), pick_heads(full_k, rows), pick_heads(full_v, rows), index_q, index_k,
-                heads_per_unit=len(retrieval) // (max(head_units) + 1), sinks=sinks, window_tokens=window_tokens,
-                top_p=top_p, min_probability=min_probability, scaling=scaling, real=real,
-            )
-        )  # fmt: skip
-    window = partial(window_attention, sinks=sinks, window_tokens=window_tokens, scaling=scaling, real=real)
+        parts.append(attend(retrieval_attention, retrieval, rows, (full_k, full_v), index_q, index_k, **rule))
     if on_local:
         rows = [row[head] - full for head in on_local]
-        near = (pick_heads(x, rows) for x in (local_k, local_v, sink_k, sink_v))
-        parts.append(window(pick_heads(q, on_local), *near, first_slot=first_slot))
+        near = (local_k, local_v, sink_k, sink_v)
+        parts.append(attend(window_attention, on_local, rows, near, first_slot=first_slot))
     if on_full:
         rows = [row[head] for head in on_full]
         first = max(0, full_k.shape[2] - q.shape[2] - window_tokens)
-        near = (pick_heads(x, rows) for x in (full_k[:, :, first:], full_v[:, :, first:]))
-        old = (pick_heads(gather_slots(x, sinks), rows) for x in (full_k, full_v))
-        parts.append(window(pick_heads(q, on_full), *near, *old, first_slot=first))
+        near = (full_k[:, :, first:], full_v[:, :, first:], gather_slots(full_k, sinks), gather_slots(full_v, sinks))
+        parts.append(attend(window_attention, on_full, rows, near, first_slot=first))
+    if out is not None:
+        return out
     order = [*retrieval, *on_local, *on_full]
     return pick_heads(torch.cat(parts, 1).to(q.dtype), [order.index(head) for head in range(len(order))])
 
