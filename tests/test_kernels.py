@@ -412,7 +412,7 @@ DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32"
 DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
                                             "head_units", "table", "local_table")}
 
-def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
+def compiled(name, capability, module=kernels, types_of=POINTERS, warps=4, stages=3, fits=None, **constants):
     kernel = getattr(module, name)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = {}
@@ -422,12 +422,26 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, **constants):
         types[argument] = "constexpr" if argument in constants else pointer
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a].startswith("*")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    options = {"num_warps": warps, "num_stages": stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert fits is None or binary.metadata.shared <= fits, (name, capability, constants, binary.metadata.shared)
     return len(binary.asm["cubin"])
 
 tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256,
         "SEARCH": True, "LOWEST": kernels.LOWEST}
 sizes = []
+for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the largest GPUs of each kind have this much
+    for heads, dim in ((8, 128), (1, 128), (2, 256)):
+        P = gather_kernels.positions(heads, dim)
+        stages = gather_kernels.stages(dim, heads * P, (capability // 10, capability % 10), shared)
+        how = {"module": gather_kernels, "warps": 8, "stages": stages, "fits": shared, "PADDED": False, "ONE_ROW": True}
+        how |= {"T": gather_kernels.KEY_TILE, "FAR": gather_kernels.FAR_TOKENS}
+        sizes.append(compiled("_gather", capability, S=heads, SP=heads, P=P, D=dim, d=16, **how))
+    for dim in (64, 128, 256):
+        tiles = kernels._forward_tiles(dim)
+        how = {"warps": tiles.pop("num_warps"), "stages": tiles.pop("num_stages"), "fits": shared, "PADDED": False}
+        how |= {"LOCAL": True, "SELECT": False, "ONE_ROW": True}
+        sizes.append(compiled("_forward", capability, D=dim, d=16, S=16, **tiles, **how))
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
     for local, select in modes:
         for name in ("_forward", "_backward_queries", "_backward_keys"):
@@ -459,6 +473,6 @@ print(json.dumps(sizes))
 def test_kernels_compile_for_gpus_that_are_not_here():
     """Triton's interpreter lets pass what its compiler refuses; the compiler needs no GPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(size > 1000 for size in json.loads(done.stdout.splitlines()[-1]))

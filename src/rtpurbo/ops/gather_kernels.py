@@ -15,10 +15,13 @@ Shapes and names: see `kernels.py`.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, numbers
 
@@ -31,16 +34,30 @@ FAR_TOKENS = 8192
 KEY_TILE = 64
 """Tokens of one tile product."""
 ROWS = 128
-"""Queries of one tile product, positions times heads, unless 16 positions make more."""
+"""Queries of one tile product, positions times heads, unless 16 positions make more; half of it for heads beyond 128."""
 WORKSPACE_WORDS = 1 << 28
 """Words of 32 bits that the bits of one launch may take: a GiB."""
 PROGRAMS = 528
 """Programs that go through all tiles, the longest first: four for each of an H100's 132 multiprocessors."""
 
 
-def positions(heads_per_unit: int) -> int:
+def positions(heads_per_unit: int, head_dim: int = 128) -> int:
     """Positions of one tile: at least 16, which a tile product of index scores takes."""
-    return max(LEAST_DOT, ROWS // triton.next_power_of_2(heads_per_unit))
+    rows = ROWS if head_dim <= 128 else ROWS // 2
+    return max(LEAST_DOT, rows // triton.next_power_of_2(heads_per_unit))
+
+
+def stages(head_dim: int, rows: int, capability: tuple[int, int], shared_bytes: int) -> int:
+    """Tiles of keys and values that `_gather` may have under way, three at most, in a program's shared memory."""
+    queries = 2 * rows * head_dim if capability >= (9, 0) else 0  # before Hopper they stay in registers
+    return max(1, min(3, (shared_bytes - queries - 4096) // (KEY_TILE * (4 * head_dim + 32))))
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability of a GPU, and bytes of shared memory that one program may take, as Triton counts them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.get_device_capability(index), driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 @triton.jit(do_not_specialize=["queries", "slots", "first"])
@@ -214,7 +231,9 @@ def retrieval_prefill(
     slots = k.shape[2]
     index_q, index_k, least = index
     units = len(heads) // heads_per_unit
-    many = positions(heads_per_unit)
+    many = positions(heads_per_unit, dim)
+    padded = triton.next_power_of_2(heads_per_unit)
+    pipeline = 3 if not q.is_cuda else stages(dim, padded * many, *_gpu(q.device))
     flags = {"d": index_q.shape[-1], "P": many, "T": KEY_TILE, "PADDED": real is not None, "ONE_ROW": is_sink.shape[0] == 1}
     words = triton.cdiv(max(slots - window_tokens, 1), 32 * KEY_TILE) * KEY_TILE
     block = max(BIT_POSITIONS, many)
@@ -239,6 +258,6 @@ def retrieval_prefill(
                 q, k, v, index_q, index_k, least, *masks, *maps, bits, scratch, out,
                 queries, slots, first, units, words, tiles, batch * units, window_tokens, scaling * LOG2E, q.shape[1],
                 k.shape[1],
-                D=dim, S=heads_per_unit, SP=triton.next_power_of_2(heads_per_unit), FAR=FAR_TOKENS, **flags, num_warps=8,
+                D=dim, S=heads_per_unit, SP=padded, FAR=FAR_TOKENS, **flags, num_warps=8, num_stages=pipeline,
             )  # fmt: skip
     return out
