@@ -196,6 +196,23 @@ def test_a_layers_heads_are_read_and_written_in_place(query_heads, kv_heads, ret
     torch.testing.assert_close(got.float(), want.float(), atol=1e-5 if DEVICE == "cpu" else 2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("trained", ["q", "full_v", "local_v"])
+def test_what_is_trained_is_not_written_in_place(trained, monkeypatch):
+    """An adapter may change values alone: then queries of the first layer need no gradient, and values do."""
+    monkeypatch.setattr(ops.prefill, "_kernels", lambda q: kernels)
+    q, k, v, index_q, index_k = make_inputs(1, 4, 60, 60, units=1)
+    tensors = {"q": q, "full_k": k[:, :1], "full_v": v[:, :1], "local_k": k[:, 1:2], "local_v": v[:, 1:2]}
+    tensors[trained] = tensors[trained].detach().requires_grad_()
+    sinks = sink_slots(None, 2, device=DEVICE)
+    old = (gather_slots(tensors[name], sinks) for name in ("local_k", "local_v"))
+    out = ops.prefill_attention(
+        *tensors.values(), *old, index_q, index_k, kv_rows=(0, 1), head_units=(0, -1, -1, -1), first_slot=0, sinks=sinks,
+        window_tokens=20, top_p=1.0, min_probability=0.01, scaling=SCALING,
+    )  # fmt: skip
+    out.float().square().sum().backward()
+    assert tensors[trained].grad.abs().sum() > 0
+
+
 def test_chunks_give_the_same_bits():
     q, _, _, index_q, index_k = make_inputs(1, 2, 150, 150, units=1)
     k, v = (x.repeat_interleave(2, 1) for x in make_inputs(1, 1, 150, 150)[1:3])

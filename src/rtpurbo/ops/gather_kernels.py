@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, numbers
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles
+from .reference import numbers
 
 BIT_POSITIONS = 128
 """Positions whose scores a program of `_far_bits` compares with their thresholds at once."""

@@ -11,7 +11,6 @@ Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks; M queries and N k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import needs_gradient, numbers
 from .select import GRID_STEPS, STEP_NATS, leaves_out
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -517,13 +517,6 @@ class _Call:
             )
 
 
-@lru_cache(maxsize=4096)
-def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 numbers on a device, kept there: copied anew, each call would wait for it."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-
 def _flags(real: Tensor | None, slots: int, stand_in: Tensor) -> Tensor:
     """The padding mask of the first `slots` slots as a kernel reads it, uint8; any tensor when nothing is padded."""
     return stand_in if real is None else real[:, :slots].contiguous().view(torch.uint8)
@@ -585,8 +578,7 @@ def retrieval_attention(
         index=index, heads_per_unit=heads_per_unit, heads=place.heads if place else None,
         rows=place.rows if place else None,
     )  # fmt: skip
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if index is not None and call.is_sink is not None and not training:
+    if index is not None and call.is_sink is not None and not needs_gradient(q, k, v):
         from .gather_kernels import retrieval_prefill
 
         return retrieval_prefill(

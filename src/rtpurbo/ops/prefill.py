@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .reference import gather_slots, keep_mask, near_slots, pick_heads, visible_scores, visible_slots
+from .reference import gather_slots, keep_mask, near_slots, needs_gradient, pick_heads, visible_scores, visible_slots
 from .select import leaves_out, top_p_threshold
 
 
@@ -56,7 +56,7 @@ def workspace_elements(device: torch.device) -> int:
 
 def _piece(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """Run one piece; under autograd keep its inputs only and compute it again in the backward pass."""
-    if torch.is_grad_enabled() and any(a.requires_grad for a in args):
+    if needs_gradient(*args):
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 
@@ -104,7 +104,8 @@ def prefill_attention(
     on_full = [head for head, unit in enumerate(head_units) if unit < 0 and row[head] < full]
     units = max(head_units) + 1
     selects = index_q is not None and leaves_out(top_p, min_probability)
-    kernels = None if torch.is_grad_enabled() and q.requires_grad else _kernels(q)
+    trained = needs_gradient(q, full_k, full_v, local_k, local_v, sink_k, sink_v)  # a layer's values may be, its queries not
+    kernels = None if trained else _kernels(q)
     in_place = kernels is not None and (selects or not retrieval)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if in_place else None
 

@@ -122,12 +122,18 @@ def sparse_attention(
     return (weights @ v.float()).to(q.dtype)
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows what is computed from any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 @lru_cache(maxsize=4096)
-def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 numbers that stay on a device: a list would be copied there, and waited for, each time."""
     with torch.inference_mode(False):  # the same tensor serves training and inference
-        return torch.tensor(heads, dtype=torch.long, device=device)
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
-    """x[:, heads], by an index that stays on the device: a list would be copied there, and waited for, each time."""
-    return x.index_select(1, _head_index(tuple(heads), x.device))
+    """x[:, heads]"""
+    return x.index_select(1, numbers(tuple(heads), x.device))
