@@ -331,7 +331,8 @@ def test_bench_of_a_layer(tmp_path):
     result = json.loads((tmp_path / "layer.json").read_text())
     assert [(row["mode"], row["batch"], row["slots"]) for row in result["rows"]] == [("heads", 2, 200), ("groups", 2, 200)]
     assert result["attention"].startswith("torch (")
-    assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == [("heads", 150), ("groups", 150)]
+    modes = [("heads", 150), ("groups", 150), ("paper", 150)]
+    assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == modes
     assert result["prefill_rows"][0]["parts"][0]["far_ratio"] == pytest.approx(0.2, abs=0.1)
     assert "prefill of a layer, milliseconds, tiles read 20% of the far tokens" in out
     for row in result["rows"] + result["prefill_rows"]:

@@ -3,12 +3,13 @@
 1. Correctness gate: the timed op on the timed inputs against plain PyTorch in float32.
 2. Dense: scaled dot-product attention by every backend that takes the shape (in decode with a group's query heads packed as
    rows), and flash-attn-4 where it is installed.
-3. Sparse: index scores, selection and attention, all launches and copies counted.
+3. Sparse: index scores, selection and attention, all launches and copies counted. On a GPU one more call says what each
+   kernel took and how much memory the step needs.
 
 Selections are replayed, not random: index keys are made so that each unit selects a given share of far tokens, as measured
 on real text, and all others score several nats lower. Times are medians over replays of a
 CUDA graph (on a CPU: over calls) that goes round several copies of the inputs, so that no cache holds them from one call to
-the next.
+the next; a call of more than a second is timed once, after one that is not.
 
 Shapes: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, N slots, D head dimension, U index units, d index dimension.
 """
@@ -31,10 +32,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..ops.reference import gather_slots, sink_slots
+from .layer_work import decode_bytes, observe, prefill_flops, shares
 
 COLD_BYTES = 200 * 2**20
 """Inputs of one round of calls, four times an H100's cache."""
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+LONG_SECONDS = 1.0
+"""Calls that take longer are timed once."""
+RETRIEVAL = (2, 5, 8, 11, 29)
+"""Retrieval heads of a layer of 32 query heads, unless others are named."""
 BELOW_NATS, SPREAD_NATS = 12.0, 5.0
 """How far the scores of tokens that are not selected lie below the others, at least, and their range: no token among them
 has a ten thousandth of the mass."""
@@ -84,9 +90,12 @@ class LayerShape:
 
 
 def layer_shape(
-    text: str, *, retrieval: tuple[int, ...], window_tokens: int, far_ratio: float, sink_tokens: int = 4
+    text: str, *, retrieval: tuple[int, ...] | None, window_tokens: int, far_ratio: float, sink_tokens: int = 4
 ) -> LayerShape:
     """The layer that "query heads/KV heads/head dimension" describes.
+
+    Args:
+        retrieval: retrieval query heads; None: `RETRIEVAL` of 32 heads, else 15 % of the heads, evenly spread.
 
     Raises:
         ValueError: not three numbers that fit, retrieval heads it does not have, or settings out of range.
@@ -97,6 +106,10 @@ def layer_shape(
         raise ValueError(f"shape must be query heads/KV heads/head dimension, such as 32/4/128, got {text!r}.") from None
     if min(query_heads, kv_heads, head_dim) < 1 or query_heads % kv_heads:
         raise ValueError(f"shape must have a number of query heads that is a multiple of the KV heads, got {text!r}.")
+    if retrieval is None:
+        count = max(1, round(0.15 * query_heads))
+        spread = tuple((2 * i + 1) * query_heads // (2 * count) for i in range(count))
+        retrieval = RETRIEVAL if query_heads == 32 else spread
     heads = tuple(sorted(set(retrieval)))
     if any(not 0 <= head < query_heads for head in heads):
         raise ValueError(f"retrieval must be heads below {query_heads}, got {', '.join(map(str, retrieval))}.")
@@ -192,20 +205,26 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
     age = at[:, None] - torch.arange(slots, device=q.device)
     near = (age < shape.window_tokens) | (torch.arange(slots, device=q.device) < shape.sink_tokens)
     units = torch.tensor(shape.head_units, device=q.device)
-    keep = near.expand(shape.query_heads, -1, -1)
-    if shape.units:
-        keep = keep | (chosen[units.clamp(min=0)] & (units >= 0)[:, None])[:, None]
-    mask = (keep & (age >= 0)).unflatten(0, (-1, group))[None]
 
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (q @ k.mT[:, :, None]).float() * shape.head_dim**-0.5
-        return weights.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, None]
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        weights = (q.flatten(0, 1) @ k.mT).float() * shape.head_dim**-0.5
+        weights = weights.masked_fill_(~mask.flatten(0, 1), -torch.inf).softmax(-1).to(v.dtype)
+        return (weights @ v).float().unflatten(0, mask.shape[:2])
 
-    few = q[:, :, at].unflatten(1, (-1, group))
-    truth = plain(few.float(), k.float(), v.float())
+    few = q[0][:, at]
+    true, rounded = [], []
+    for row in range(shape.kv_heads):  # one at a time: a million keys of all heads in float32 are gigabytes
+        heads = slice(row * group, (row + 1) * group)
+        mask = near.expand(group, -1, -1)
+        if shape.units:
+            mask = mask | (chosen[units[heads].clamp(min=0)] & (units[heads] >= 0)[:, None])[:, None]
+        mask = mask & (age >= 0)  # [G, positions, N]
+        true.append(plain(few[heads].float(), k[0, row].float(), v[0, row].float(), mask))
+        rounded.append(plain(few[heads], k[0, row], v[0, row], mask))
+    truth = torch.cat(true)
     rounding = max(torch.finfo(q.dtype).eps, 1e-5) * truth.abs().max() + 1e-6
-    allowed = 2 * (plain(few, k, v).float() - truth).abs().max() + rounding
-    got = step()[:, :, at].unflatten(1, (-1, group)).float()
+    allowed = 2 * (torch.cat(rounded) - truth).abs().max() + rounding
+    got = step()[0][:, at].float()
     return float((got - truth).abs().max()), float(allowed)
 
 
@@ -226,8 +245,10 @@ def prefill_row(
 
     Returns:
         "slots", "far_ratio" (of a tile of positions; None without retrieval heads), "error" and "error_allowed",
-        "dense_seconds" by kernel, "refused" kernels with their reasons, "sparse_seconds", "speedup" over the best dense one,
-        "peak_bytes" of the sparse prefill beyond its inputs (None on a CPU).
+        "dense_seconds" by kernel, "refused" kernels with their reasons, "sparse_seconds", "repeats" (timed runs by kernel),
+        "dense_flops" and "sparse_flops" (`layer_work.prefill_flops`), "speedup" over the best dense one, "dense_tflops"
+        and "sparse_tflops" per second; of the sparse prefill "peak_bytes" beyond its inputs, "kernel_seconds" by name and
+        their "shares" (None on a CPU).
 
     Raises:
         ValueError: the sparse result is wrong on these inputs; nothing is timed then.
@@ -236,52 +257,79 @@ def prefill_row(
     got, allowed = prefill_error(shape, step, inputs, chosen)
     if not got <= allowed:
         raise ValueError(f"Sparse prefill of {slots} tokens is wrong by {got:.3g}, allowed are {allowed:.3g}; not timed.")
+    far_ratio = float(chosen.float().mean()) if shape.units else None
+    dense_flops, sparse_flops = prefill_flops(shape, slots, far_ratio or 0.0)
     row: dict[str, Any] = {
         "slots": slots,
-        "far_ratio": float(chosen.float().mean()) if shape.units else None,
+        "far_ratio": far_ratio,
         "error": got,
         "error_allowed": allowed,
-        "dense_seconds": dense["dense_seconds"] if dense else {},
-        "refused": dense["refused"] if dense else {},
-        "peak_bytes": None,
+        "dense_flops": dense_flops,
+        "sparse_flops": sparse_flops,
+        "dense_seconds": {},
+        "refused": {},
+        "repeats": {},
     }
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    for name, call in dense_prefills(*inputs).items() if dense is None else ():
+    if dense is None:
+        _time_dense(row, dense_prefills(*inputs), device=device, repeats=repeats)
+    else:
+        row |= {key: dict(dense[key]) for key in ("dense_seconds", "refused", "repeats")}
+    _time_sparse(row, [step], device=device, repeats=repeats)
+    return row | _compared(row, min(row["dense_seconds"].values(), default=None))
+
+
+def _time_dense(
+    row: dict[str, Any], kernels: dict[str, Callable[[], Sequence[Callable[[], Any]]]], *, device: torch.device, repeats: int
+) -> None:
+    """Add "dense_seconds" and "repeats" of every kernel that takes the shape and has the memory, "refused" of the others.
+
+    Args:
+        kernels: by name a function that prepares the calls, so that only one kernel's copies of the inputs are held.
+    """
+    for name, prepare in kernels.items():
         try:
-            row["dense_seconds"][name] = median_seconds([call], device=device, repeats=repeats)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AssertionError,
-            ImportError,
-        ) as problem:  # not this shape or GPU
+            row["dense_seconds"][name], row["repeats"][name] = median_seconds(prepare(), device=device, repeats=repeats)
+        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as problem:  # not this shape or GPU
             row["refused"][name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    row["sparse_seconds"] = median_seconds([step], device=device, repeats=repeats)
-    if row["dense_seconds"]:
-        row["speedup"] = min(row["dense_seconds"].values()) / row["sparse_seconds"]
-    return row
 
 
-def dense_prefills(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
-    """Causal attention [B, Hq, T, D] x [B, Hkv, T, D] by every dense kernel that may be there."""
+def _time_sparse(row: dict[str, Any], steps: Sequence[Callable[[], Any]], *, device: torch.device, repeats: int) -> None:
+    """Add what the sparse step took: "peak_bytes", "kernel_seconds", "shares", "sparse_seconds" and its "repeats"."""
+    row["sparse_seconds"], row["repeats"]["sparse"] = median_seconds(steps, device=device, repeats=repeats)
+    row["peak_bytes"], row["kernel_seconds"] = observe(steps[0], device)
+    row["shares"] = shares(row["kernel_seconds"])
+
+
+def _compared(row: dict[str, Any], best: float | None) -> dict[str, float]:
+    """The "speedup" over the `best` dense seconds, and what both achieve: TFLOP/s of a prefill, TB/s of a decode step."""
+    work, rate = ("flops", "tflops") if "dense_flops" in row else ("bytes", "tb_per_second")
+    found = {f"sparse_{rate}": row[f"sparse_{work}"] / row["sparse_seconds"] / 1e12}
+    if best is not None:
+        found |= {"speedup": best / row["sparse_seconds"], f"dense_{rate}": row[f"dense_{work}"] / best / 1e12}
+    return found
+
+
+def dense_prefills(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
+    """Causal attention [B, Hq, T, D] x [B, Hkv, T, D] by every dense kernel that may be there, for `_time_dense`."""
 
     def sdpa(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    if q.device.type != "cuda":
-        return {"cpu": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)}
-    calls: dict[str, Callable[[], Any]] = {name: partial(sdpa, backend) for name, backend in BACKENDS.items()}
-    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+    def flash_attn_4() -> Sequence[Callable[[], Any]]:
         from flash_attn.cute.interface import flash_attn_func
 
         rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        calls["flash-attn-4"] = partial(flash_attn_func, *rows, causal=True)
+        return [partial(flash_attn_func, *rows, causal=True)]
+
+    if q.device.type != "cuda":
+        return {"cpu": lambda: [partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)]}
+    calls: dict[str, Callable[[], Sequence[Callable[[], Any]]]] = {
+        name: lambda backend=backend: [partial(sdpa, backend)]  # type: ignore[misc]
+        for name, backend in BACKENDS.items()
+    }
+    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        calls["flash-attn-4"] = flash_attn_4
     return calls
 
 
@@ -301,16 +349,17 @@ def error(step: Callable[[], Tensor], dense: tuple[Tensor, Tensor, Tensor], keep
     return float((step().float() - truth).abs().max()), float(allowed)
 
 
-def median_seconds(functions: Sequence[Callable[[], Any]], *, device: torch.device, repeats: int = 20) -> float:
-    """Median seconds of one call, over rounds through `functions`: the same work on different copies of its inputs."""
-    times: list[float] = []
+def median_seconds(functions: Sequence[Callable[[], Any]], *, device: torch.device, repeats: int = 20) -> tuple[float, int]:
+    """(median seconds of one call, timed runs), over rounds through `functions`: the same work on copies of its inputs.
+
+    A call of more than LONG_SECONDS is timed once.
+    """
+    functions[0]()
+    once = _seconds(functions[0], device)
+    if once > LONG_SECONDS:
+        return once, 1
     if device.type != "cuda":
-        functions[0]()
-        for i in range(repeats):
-            begin = time.perf_counter()
-            functions[i % len(functions)]()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        return statistics.median(_seconds(functions[i % len(functions)], device) for i in range(repeats)), repeats
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -322,14 +371,21 @@ def median_seconds(functions: Sequence[Callable[[], Any]], *, device: torch.devi
         for function in functions:
             function()
     graph.replay()
-    for _ in range(repeats):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        marks[0].record()
-        graph.replay()
-        marks[1].record()
-        torch.cuda.synchronize()
-        times.append(marks[0].elapsed_time(marks[1]) / 1000 / len(functions))
-    return statistics.median(times)
+    return statistics.median(_seconds(graph.replay, device) for _ in range(repeats)) / len(functions), repeats
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, on a GPU those between two events on its stream."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    call()
+    marks[1].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1]) / 1000
 
 
 @torch.no_grad()
@@ -340,8 +396,10 @@ def decode_row(
 
     Returns:
         "batch", "slots", "far_ratio" really selected (None without retrieval heads), "error" and "error_allowed",
-        "dense_seconds" by backend, "refused" backends with their reasons, "sparse_seconds", "speedup" over the best
-        dense one, "dense_cache_bytes" and "sparse_cache_bytes".
+        "dense_seconds" by backend, "refused" backends with their reasons, "sparse_seconds", "repeats" (timed runs by
+        backend), "dense_bytes" and "sparse_bytes" that must be read (`layer_work.decode_bytes`), "speedup" over the best
+        dense one, "dense_tb_per_second" and "sparse_tb_per_second", "dense_cache_bytes" and "sparse_cache_bytes"; of the
+        sparse step "peak_bytes" beyond its inputs, "kernel_seconds" by name and their "shares" (None on a CPU).
 
     Raises:
         ValueError: the sparse step is wrong on these inputs; nothing is timed then.
@@ -351,37 +409,39 @@ def decode_row(
     if not got <= allowed:
         raise ValueError(f"Sparse decode at {slots} tokens is wrong by {got:.3g}, allowed are {allowed:.3g}; not timed.")
     far = keep[:, list(shape.retrieval), shape.sink_tokens : max(shape.sink_tokens, slots - shape.window_tokens)]
+    far_ratio = float(far.float().mean()) if far.numel() else None
+    dense_bytes, sparse_bytes = decode_bytes(shape, batch, slots, far_ratio or 0.0, element_bytes=dtype.itemsize)
     row: dict[str, Any] = {
         "batch": batch,
         "slots": slots,
-        "far_ratio": float(far.float().mean()) if far.numel() else None,
+        "far_ratio": far_ratio,
         "error": got,
         "error_allowed": allowed,
         "dense_cache_bytes": 2 * dense[1].numel() * dense[1].element_size(),
         "sparse_cache_bytes": cache_bytes,
+        "dense_bytes": dense_bytes,
+        "sparse_bytes": sparse_bytes,
         "dense_seconds": {},
         "refused": {},
+        "repeats": {},
     }
     del keep, far
 
     def copies(nbytes: int) -> int:
         return max(1, min(8, -(-COLD_BYTES // max(1, nbytes)))) if device.type == "cuda" else 1
 
+    def calls(backend: SDPBackend) -> Sequence[Callable[[], Any]]:
+        return [partial(_dense, backend, *its) for its in inputs]
+
     inputs = [dense] + [tuple(x.clone() for x in dense) for _ in range(copies(row["dense_cache_bytes"]) - 1)]
-    for name, backend in BACKENDS.items():
-        calls = [partial(_dense, backend, *its) for its in inputs]
-        try:
-            row["dense_seconds"][name] = median_seconds(calls, device=device, repeats=repeats)
-        except RuntimeError as problem:  # this backend does not take the shape
-            row["refused"][name] = str(problem).splitlines()[0]
-    del inputs, dense
+    _time_dense(row, {name: partial(calls, backend) for name, backend in BACKENDS.items()}, device=device, repeats=repeats)
+    inputs.clear()
+    del dense
     steps = [step]
     for seed in range(1, copies(cache_bytes)):
         steps.append(sparse_step(shape, batch, slots, device=device, dtype=dtype, seed=seed)[0])
-    row["sparse_seconds"] = median_seconds(steps, device=device, repeats=repeats)
-    if row["dense_seconds"]:
-        row["speedup"] = min(row["dense_seconds"].values()) / row["sparse_seconds"]
-    return row
+    _time_sparse(row, steps, device=device, repeats=repeats)
+    return row | _compared(row, min(row["dense_seconds"].values(), default=None))
 
 
 def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -406,6 +466,16 @@ def mode_shapes(shape: LayerShape, ratio: float = 0.15) -> dict[str, list[tuple[
     return {"heads": [(1.0, shape)], "groups": [(weight, layer) for weight, layer in mixture if weight > 1e-9]}
 
 
+def prefill_shapes(shape: LayerShape, far_ratio: float) -> dict[str, list[tuple[float, LayerShape]]]:
+    """`mode_shapes` of a prefill whose tiles of positions read `far_ratio` of the far tokens, and "paper": the paper's own
+    configuration, in which the shape's retrieval heads stay dense until decoding."""
+    modes = {
+        mode: [(weight, dataclasses.replace(layer, far_ratio=far_ratio)) for weight, layer in layers]
+        for mode, layers in mode_shapes(shape).items()
+    }
+    return modes | {"paper": [(1.0, dataclasses.replace(shape, far_ratio=1.0, top_p=1.0, min_probability=0.0))]}
+
+
 def bench_layer(
     shape: LayerShape,
     lengths: tuple[int, ...],
@@ -424,8 +494,9 @@ def bench_layer(
 
     Returns:
         "device", "dtype", "torch", "attention" (which implementation computes, and why), "shape", and "rows" and
-        "prefill_rows": dense and sparse seconds, speedup, cache bytes (of decode), and the layers they are made of;
-        "refused" where memory does not suffice.
+        "prefill_rows" with "parts", the layers they are made of (see `decode_row` and `prefill_row`): means of their
+        times, bytes, FLOPs and kernel times, the largest of their "peak_bytes", the fewest "repeats", and speedup, rates
+        and shares that follow; "refused" where memory does not suffice.
 
     Raises:
         ValueError: a length or batch below 1, or a sparse result that is wrong.
@@ -437,24 +508,17 @@ def bench_layer(
         raise ValueError(f"prefill_far_ratio must be in [0, 1], got {prefill_far_ratio}.")
 
     def row_of(
-        row: dict[str, Any], measure: Callable[[LayerShape], dict[str, Any]], keys: tuple[str, ...]
+        row: dict[str, Any], layers: list[tuple[float, LayerShape]], measure: Callable[[LayerShape], dict[str, Any]]
     ) -> dict[str, Any]:
         """A mode's row out of the layers it is made of."""
         try:
-            parts = [(weight, measure(layer)) for weight, layer in mode_shapes(shape)[row["mode"]]]
+            return row | _mixed([(weight, measure(layer)) for weight, layer in layers])
         except torch.OutOfMemoryError as problem:
             return {**row, "refused": str(problem).splitlines()[0]}
-        row = row | {key: sum(w * part[key] for w, part in parts) for key in keys}
-        dense = [(seconds, name) for _, part in parts for name, seconds in part["dense_seconds"].items()]
-        if dense:
-            row["dense_seconds"], row["dense_backend"] = min(dense)
-            row["speedup"] = row["dense_seconds"] / row["sparse_seconds"]
-        return {**row, "parts": [part for _, part in parts]}
 
     measured: dict[int, dict[str, Any]] = {}
 
     def prefill(layer: LayerShape, slots: int) -> dict[str, Any]:
-        layer = dataclasses.replace(layer, far_ratio=prefill_far_ratio)
         row = prefill_row(layer, slots, device=device, dtype=dtype, repeats=min(repeats, 3), dense=measured.get(slots))
         measured.setdefault(slots, row)
         return row
@@ -462,17 +526,16 @@ def bench_layer(
     def decode(layer: LayerShape, batch: int, slots: int) -> dict[str, Any]:
         return decode_row(layer, batch, slots, device=device, dtype=dtype, repeats=repeats)
 
-    cache = ("sparse_seconds", "sparse_cache_bytes", "dense_cache_bytes")
     rows = [
-        row_of({"mode": mode, "batch": batch, "slots": slots}, partial(decode, batch=batch, slots=slots), cache)
+        row_of({"mode": mode, "batch": batch, "slots": slots}, layers, partial(decode, batch=batch, slots=slots))
         for batch in batches
         for slots in lengths
-        for mode in mode_shapes(shape)
+        for mode, layers in mode_shapes(shape).items()
     ]
     prefill_rows = [
-        row_of({"mode": mode, "batch": 1, "slots": slots}, partial(prefill, slots=slots), ("sparse_seconds",))
+        row_of({"mode": mode, "batch": 1, "slots": slots}, layers, partial(prefill, slots=slots))
         for slots in prefill_lengths
-        for mode in mode_shapes(shape)
+        for mode, layers in prefill_shapes(shape, prefill_far_ratio).items()
     ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     which, why = ops.backend(device.type, dtype, shape.head_dim)
@@ -484,4 +547,30 @@ def bench_layer(
         "shape": dataclasses.asdict(shape),
         "rows": rows,
         "prefill_rows": prefill_rows,
+    }
+
+
+def _mixed(parts: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """The row of an average layer out of the measured layers it is made of, with their weights."""
+    rows = [part for _, part in parts]
+    means = ("sparse_seconds", "sparse_cache_bytes", "dense_cache_bytes", "dense_bytes", "sparse_bytes", "dense_flops")
+    mixed: dict[str, Any] = {
+        key: sum(weight * part[key] for weight, part in parts) for key in (*means, "sparse_flops") if key in rows[0]
+    }
+    mixed["repeats"] = {"sparse": min(part["repeats"]["sparse"] for part in rows)}
+    dense = [(seconds, name, part) for part in rows for name, seconds in part["dense_seconds"].items()]
+    if dense:
+        mixed["dense_seconds"], mixed["dense_backend"], part = min(dense, key=lambda one: one[0])
+        mixed["repeats"]["dense"] = part["repeats"][mixed["dense_backend"]]
+    known = [part for part in rows if part["kernel_seconds"] is not None]
+    mixed["peak_bytes"] = max((part["peak_bytes"] for part in known), default=None)
+    mixed["kernel_seconds"] = {} if known else None
+    for weight, part in parts:
+        for name, seconds in (part["kernel_seconds"] or {}).items():
+            mixed["kernel_seconds"][name] = mixed["kernel_seconds"].get(name, 0.0) + weight * seconds
+    return {
+        **mixed,
+        **_compared(mixed, mixed.get("dense_seconds")),
+        "shares": shares(mixed["kernel_seconds"]),
+        "parts": rows,
     }
