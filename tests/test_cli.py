@@ -322,23 +322,77 @@ def test_bench_sizes_that_cannot_be(converted, source, more, message):
     assert message in fails("bench", converted, "--sources", source, *more)
 
 
+LAYER = ("--device", "cpu", "--window-tokens", 32, "--lengths-tokens", 200, "--batches", 2, "--prefill-lengths-tokens", 150)
+
+
 def test_bench_of_a_layer(tmp_path):
-    sizes = ("--shape", "8/4/16", "--retrieval", 1, 6, "--window-tokens", 32, "--lengths-tokens", 200, "--batches", 2)
-    sizes = (*sizes, "--prefill-lengths-tokens", 150, "--prefill-far-ratio", 0.2)
-    code, out, err = run("bench", *sizes, "--json", tmp_path / "layer.json")
+    sizes = ("--shape", "8/4/16", "--retrieval", 1, 6, *LAYER, "--prefill-far-ratio", 0.2)
+    code, out, err = run("bench", *sizes, "--json", tmp_path / "layer.json", "--plot", tmp_path / "layer.html")
     assert code == 0, err
+    assert out.startswith("No GPU is used: this measures the CPU path")
+    assert "heads 8/4/16, window 32, torch.float32" in out
     assert "one decode step of a layer" in out
     result = json.loads((tmp_path / "layer.json").read_text())
     assert [(row["mode"], row["batch"], row["slots"]) for row in result["rows"]] == [("heads", 2, 200), ("groups", 2, 200)]
     assert result["attention"].startswith("torch (")
-    modes = [("heads", 150), ("groups", 150), ("paper", 150)]
-    assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == modes
+    assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == [
+        ("heads", 150), ("groups", 150), ("paper", 150),
+    ]  # fmt: skip
     assert result["prefill_rows"][0]["parts"][0]["far_ratio"] == pytest.approx(0.2, abs=0.1)
-    assert "prefill of a layer, milliseconds, tiles read 20% of the far tokens" in out
+    assert "prefill of a layer, tiles read 20% of the far tokens" in out
     for row in result["rows"] + result["prefill_rows"]:
         assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
     for row in result["rows"]:
         assert row["sparse_cache_bytes"] < row["dense_cache_bytes"] == 2 * 2 * 4 * 200 * 16 * 4
+    assert f"Plot: {tmp_path / 'layer.html'}" in out
+    assert "Speed of one attention layer" in (tmp_path / "layer.html").read_text()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    for row, found in zip(result["rows"] + result["prefill_rows"], cells, strict=True):
+        scale, digits, rate = (1e6, 0, "tb_per_second") if row in result["rows"] else (1e3, 2, "tflops")
+        assert found[:9] == [
+            row["mode"], str(row["batch"]), str(row["slots"]),
+            f"{row['dense_seconds'] * scale:.{digits}f} ({row['dense_backend']})",
+            f"{row['sparse_seconds'] * scale:.{digits}f}", f"{row['speedup']:.2f}",
+            f"{row[f'dense_{rate}']:.3g} | {row[f'sparse_{rate}']:.3g}", "–", "–",
+        ]  # fmt: skip
+        if row in result["rows"]:
+            assert found[9] == f"{row['dense_cache_bytes'] / 2**20:.1f} | {row['sparse_cache_bytes'] / 2**20:.1f}"
+
+
+def test_the_layer_table_shows_shares_and_what_was_refused(capsys):
+    row = {"mode": "heads", "batch": 1, "slots": 8, "sparse_seconds": 2e-3, "sparse_tflops": 500.0, "peak_bytes": 3 * 2**20}
+    refused = {"mode": "paper", "batch": 1, "slots": 8, "refused": "CUDA out of memory."}
+    cli._layer_table("prefill", [row | {"shares": {"index": 0.123}}, refused], "ms", "TFLOP/s")
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert cells[0] == ["heads", "1", "8", "–", "2.00", "–", "– | 500", "12%", "3.0"]
+    assert cells[1][:4] == ["paper", "1", "8", "refused"]
+    assert "paper, batch 1, 8 tokens: CUDA out of memory." in out
+
+
+def test_bench_of_a_models_layer_reads_no_weights(tmp_path, model_dir, converted):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model_dir / "config.json", tmp_path / "bare")
+    for name in (tmp_path / "bare", converted):
+        code, _, err = run("bench", "--model", name, *LAYER, "--json", tmp_path / "layer.json")
+        assert code == 0, err
+        shape = json.loads((tmp_path / "layer.json").read_text())["shape"]
+        assert (shape["query_heads"], shape["kv_heads"], shape["head_dim"]) == (4, 2, 16)
+        assert shape["retrieval"] == [2]
+
+
+def test_bench_of_a_model_that_cannot_be(tmp_path, converted):
+    assert "Expected --model or --shape, got both" in fails("bench", "--model", "any/model", "--shape", "4/2/16")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "'gpt2' is not supported: it has no RoPE" in fails("bench", "--model", tmp_path)
+    assert "does not exist; expected a hub name" in fails("bench", "--model", tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_attention_heads": 0, "hidden_size": 60}')
+    assert "a multiple of the KV heads" in fails("bench", "--model", tmp_path)
+    for flag, value in (("--model", "any/model"), ("--shape", "4/2/16"), ("--plot", tmp_path / "plot.html")):
+        message = fails("bench", converted, flag, value)
+        assert f"{flag} is of one layer's benchmark, got the artefact {str(converted)!r} too" in message
+    missing = tmp_path / "missing" / "plot.html"
+    assert f"--plot {str(missing)!r} lies in a directory that does not exist" in fails("bench", "--plot", missing)
 
 
 @pytest.mark.parametrize(

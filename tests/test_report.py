@@ -20,7 +20,7 @@ from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerCo
 from rtpurbo.evals.statistics import paired
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import make_indexer
-from rtpurbo.report import write_report
+from rtpurbo.report import write_report, write_speed_plot
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 6, 3, 16
 KINDS = ("single", "multi_key")
@@ -573,3 +573,45 @@ def test_browser_prints(browser, full):
     assert all(0 < p["width"] <= 703 for p in printed)  # A4 less its margins
     after = browser.execute_script(PLOTS)
     assert all(abs(p["width"] - p["column"]) < 1 for p in after)
+
+
+def layer_result() -> dict:
+    """What `bench_layer` returns, made up: heads at two lengths and batches, one of them refused; one prefill."""
+    rows = [
+        {"mode": mode, "batch": batch, "slots": slots, "speedup": batch * slots / 4096}
+        for batch in (1, 8)
+        for slots in (4096, 8192)
+        for mode in ("heads", "groups")
+    ]
+    rows[-1] = {"mode": "groups", "batch": 8, "slots": 8192, "refused": "out of memory"}
+    prefill = [{"mode": mode, "batch": 1, "slots": 5000, "speedup": 2.0} for mode in ("heads", "groups", "paper")]
+    shape = {"query_heads": 32, "kv_heads": 4, "head_dim": 128, "window_tokens": 8192}
+    about = {"device": "GPU <1>", "dtype": "torch.bfloat16", "torch": "2.11", "attention": "triton (kernels)"}
+    return {**about, "shape": shape, "rows": rows, "prefill_rows": prefill}
+
+
+def test_speed_plot_has_a_line_per_mode_and_batch(tmp_path):
+    write_speed_plot(layer_result(), tmp_path / "speed.html")
+    page = Page(tmp_path / "speed.html")
+    assert page.headings == ["Speed of one attention layer", "Decode", "Prefill"]
+    assert "GPU <1>" in page.text
+    lines = {one["name"]: (one["x"], one["y"]) for one in page.figures["decode"]["data"]}
+    assert lines == {
+        "single heads select, batch 1": ([4096, 8192], [1.0, 2.0]),
+        "whole groups select, batch 1": ([4096, 8192], [1.0, 2.0]),
+        "single heads select, batch 8": ([4096, 8192], [8.0, 16.0]),
+        "whole groups select, batch 8": ([4096], [8.0]),
+    }
+    axis = page.figures["decode"]["layout"]["xaxis"]
+    assert (axis["type"], axis["tickvals"], axis["ticktext"]) == ("log", [4096, 8192], ["4K", "8K"])
+    prefill = page.figures["prefill"]
+    assert [one["name"] for one in prefill["data"]][2] == "retrieval heads dense in prefill (paper)"
+    assert prefill["layout"]["xaxis"]["ticktext"] == ["5,000"]
+
+
+def test_speed_plot_without_a_dense_kernel_says_so(tmp_path):
+    result = layer_result() | {"prefill_rows": [{"mode": "heads", "batch": 1, "slots": 5000}]}
+    write_speed_plot(result, tmp_path / "speed.html")
+    page = Page(tmp_path / "speed.html")
+    assert list(page.figures) == ["decode"]
+    assert "No dense kernel ran" in page.text

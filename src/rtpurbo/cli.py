@@ -414,20 +414,24 @@ class Doctor(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(OfArtifact):
-    """Measure speed and cache bytes on this machine, dense and sparse: an artefact's model, or one layer of any shape."""
+    """Measure speed and cache bytes on this machine, dense and sparse: an artefact's whole model (`bench OUT`), or one
+    attention layer with a model's heads (`bench --model NAME`) or any others (`bench --shape 32/4/128`)."""
 
     artifact: tyro.conf.Positional[str | None] = None
-    """Directory or hub name of the artefact; none: one layer's decode step, see --shape."""
+    """Directory or hub name of the artefact, whose whole model is loaded and run; none: one layer, no weights are read."""
+    model: str | None = None
+    """Model or local artefact whose numbers of heads and head dimension the layer gets, from its config alone."""
     lengths_tokens: tuple[int, ...] = ()
     """Lengths in tokens; default: 2048 4096 8192, for a layer 32768 131072 524288 1048576 (on a CPU 8192 32768)."""
     new_tokens: int = 16
     """Tokens to decode at each length of a model."""
     sources: Sources = HELDOUT
     """Where the prompts come from."""
-    shape: str = "32/4/128"
-    """Query heads, KV heads and head dimension of the layer."""
-    retrieval: tuple[int, ...] = (2, 5, 8, 11, 29)
-    """Retrieval query heads of the layer, where each head selects for itself."""
+    shape: str | None = None
+    """Query heads, KV heads and head dimension of the layer; default: 32/4/128."""
+    retrieval: tuple[int, ...] | None = None
+    """Retrieval query heads of the layer, where each head selects for itself; default: 2 5 8 11 29 of 32 query heads, else
+    15 % of them, evenly spread."""
     window_tokens: int = 8192
     """Window of the layer in tokens."""
     far_ratio: float = 0.03
@@ -438,9 +442,17 @@ class Bench(OfArtifact):
     """Lengths of the layer's prefill; default: 32768 131072 (on a CPU 4096)."""
     prefill_far_ratio: float = 0.07
     """Share of far tokens that a tile of positions reads for the layer's retrieval heads in prefill."""
+    plot: Path | None = None
+    """Write a page with the layer's speedup over the best dense kernel against length to this HTML file."""
 
     def run(self) -> Any:
         """Measure and print a line per length."""
+        for flag in ("model", "shape", "plot"):
+            if self.artifact is not None and getattr(self, flag) is not None:
+                raise ValueError(
+                    f"--{flag} is of one layer's benchmark, got the artefact {self.artifact!r} too, whose whole model would "
+                    "be measured; leave one of them out."
+                )
         result = self.of_layer() if self.artifact is None else self.of_model(self.artifact)
         if self.output:
             write_json(self.output, result)
@@ -465,8 +477,26 @@ class Bench(OfArtifact):
             )
         return result
 
+    def layer_heads(self) -> str:
+        """Query heads/KV heads/head dimension of the layer."""
+        if self.model is None:
+            return self.shape or "32/4/128"
+        if self.shape is not None:
+            raise ValueError(
+                f"Expected --model or --shape, got both ({self.model!r}, {self.shape!r}); leave one of them out."
+            )
+        from .checkpoint import CONFIG_FILE, Artifact
+        from .models import attention_geometry
+
+        if (Path(self.model) / CONFIG_FILE).is_file():
+            artifact = Artifact.load(self.model)
+            heads = (artifact.heads.query_heads, artifact.heads.kv_heads, artifact.base_model["head_dim"])
+        else:
+            heads = attention_geometry(self.model, trust_remote_code=self.trust_remote_code)
+        return "/".join(map(str, heads))
+
     def of_layer(self) -> Any:
-        """Decode step of one layer."""
+        """Decode steps and prefills of one layer."""
         import torch
 
         from .evals.layer_speed import bench_layer, layer_shape
@@ -474,10 +504,11 @@ class Bench(OfArtifact):
 
         place = resolve_device(self.device)
         device, dtype = torch.device(place), resolve_dtype(self.dtype, place)
-        shape = layer_shape(
-            self.shape, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio
-        )  # fmt: skip
+        heads = self.layer_heads()
+        shape = layer_shape(heads, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio)
         gpu = device.type == "cuda"
+        if not gpu:
+            _out("No GPU is used: this measures the CPU path, plain PyTorch without the kernels that a GPU would run.")
         result = bench_layer(
             shape,
             self.lengths_tokens or ((32768, 131072, 524288, 1048576) if gpu else (8192, 32768)),
@@ -487,27 +518,19 @@ class Bench(OfArtifact):
             device=device,
             dtype=dtype,
         )
+        _out(f"{result['device']}, {result['attention']}; heads {heads}, window {shape.window_tokens}, {result['dtype']}")
+        _layer_table("one decode step of a layer", result["rows"], "us", "TB/s")
+        read = f"tiles read {self.prefill_far_ratio:.0%} of the far tokens"
+        _layer_table(f"prefill of a layer, {read}", result["prefill_rows"], "ms", "TFLOP/s")
         _out(
-            f"{result['device']}, {result['attention']}: one decode step of a layer, microseconds and cache, dense | sparse"
+            "heads: each retrieval head selects for itself; groups: 15 % of the KV groups select, whole; paper: retrieval\n"
+            "heads are dense in prefill. Rates count what is attended to; index share is the time of scores and selection."
         )
-        for row in result["rows"]:
-            head = f"{row['mode']:6s} batch {row['batch']:<3d} {row['slots']:8d}  "
-            if "refused" in row:
-                _out(f"{head}{row['refused']}")
-                continue
-            dense = f"{row['dense_seconds'] * 1e6:.0f} ({row['dense_backend']})" if "dense_seconds" in row else "refused"
-            _out(
-                f"{head}{dense} | {row['sparse_seconds'] * 1e6:.0f} us, {row.get('speedup', float('nan')):.2f} times   "
-                f"{row['dense_cache_bytes'] / 2**20:.1f} | {row['sparse_cache_bytes'] / 2**20:.1f} MiB"
-            )
-        _out(f"prefill of a layer, milliseconds, tiles read {self.prefill_far_ratio:.0%} of the far tokens, dense | sparse")
-        for row in result["prefill_rows"]:
-            head = f"{row['mode']:6s} batch {row['batch']:<3d} {row['slots']:8d}  "
-            if "refused" in row:
-                _out(f"{head}{row['refused']}")
-                continue
-            dense = f"{row['dense_seconds'] * 1e3:.2f} ({row['dense_backend']})" if "dense_seconds" in row else "refused"
-            _out(f"{head}{dense} | {row['sparse_seconds'] * 1e3:.2f} ms, {row.get('speedup', float('nan')):.2f} times")
+        if self.plot:
+            from .report import write_speed_plot
+
+            write_speed_plot(result, self.plot)
+            _out(f"Plot: {self.plot}")
         return result
 
 
@@ -558,6 +581,8 @@ def _check_files(command: Common) -> None:
     files = {"--json": command.json}
     if isinstance(command, Generate | Info | Doctor | Bench):
         files["--output"] = command.output
+    if isinstance(command, Bench):
+        files["--plot"] = command.plot
     for flag, path in files.items():
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             what = "is a directory" if path.is_dir() else "lies in a directory that does not exist"
@@ -597,6 +622,42 @@ def _table(artifact: Any, path: Path) -> None:
     for row in measured_rows(artifact, read_evaluation(path)):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _layer_table(title: str, rows: list[dict[str, Any]], time: str, rate: str) -> None:
+    """Print a layer's rows: times in `time` ("us" or "ms"), what was achieved in `rate` ("TB/s" or "TFLOP/s")."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scale, digits, key = {"us": (1e6, 0, "tb_per_second"), "ms": (1e3, 2, "tflops")}[time]
+    decode = time == "us"
+    table = Table(title=title, title_justify="left")
+    columns = ["batch", "tokens", f"best dense, {time}", f"sparse, {time}", "speedup", f"{rate}, dense | sparse"]
+    table.add_column("mode")
+    for column in (*columns, "index share", "peak MiB", *["cache MiB, dense | sparse"] * decode):
+        table.add_column(column, justify="right")
+
+    def cell(row: dict[str, Any], name: str, form: str, scale: float = 1) -> str:
+        return "–" if row.get(name) is None else format(row[name] * scale, form)
+
+    def pair(row: dict[str, Any], name: str, form: str, scale: float = 1) -> str:
+        return " | ".join(cell(row, f"{which}_{name}", form, scale) for which in ("dense", "sparse"))
+
+    for row in rows:
+        head = (row["mode"], str(row["batch"]), str(row["slots"]))
+        if "refused" in row:
+            table.add_row(*head, "refused")
+            continue
+        dense = cell(row, "dense_seconds", f".{digits}f", scale) + (f" ({row['dense_backend']})" if "speedup" in row else "")
+        table.add_row(
+            *head, dense, cell(row, "sparse_seconds", f".{digits}f", scale), cell(row, "speedup", ".2f"),
+            pair(row, key, ".3g"), cell(row["shares"] or {}, "index", ".0%"), cell(row, "peak_bytes", ".1f", 2**-20),
+            *[pair(row, "cache_bytes", ".1f", 2**-20)] * decode,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    for row in rows:
+        if "refused" in row:
+            _out(f"{row['mode']}, batch {row['batch']}, {row['slots']} tokens: {row['refused']}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -83,22 +83,11 @@ def load_model(
         ValueError: unknown dtype or device; unknown, missing or damaged model; unsupported architecture; weights that
             are incomplete, do not fit the model's config or are not safetensors; no tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from .families import check_supported
+    from transformers import AutoTokenizer
 
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
-    source, options = _locate(name, revision)
-    options["trust_remote_code"] = trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (*_UNREADABLE, RecursionError) as error:
-        raise ValueError(
-            f"Model {name!r} could not be found or read; expected a hub name, a local directory or a GGUF file "
-            f"({_reason(error)})."
-        ) from error
-    check_supported(config.get_text_config(decoder=True).model_type)
+    config, source, options = _read_config(name, revision, trust_remote_code)
     _check_files(name, source, config, options)
     original = fingerprint(_read(name, source, torch.float32, options)) if precision == torch.float16 else None
     model = _read(name, source, precision, options)
@@ -111,6 +100,36 @@ def load_model(
             f"Model {name!r} has no tokenizer that Transformers can load; add tokenizer.json and tokenizer_config.json."
         ) from error
     return model.to(device).eval(), tokenizer
+
+
+def attention_geometry(name: str, *, trust_remote_code: bool = False) -> tuple[int, int, int]:
+    """(query heads, KV heads, head dimension) of a model as `load_model` takes them, from its config alone.
+
+    Raises:
+        ValueError: unknown, missing or damaged model, or an unsupported architecture.
+    """
+    config = _read_config(name, None, trust_remote_code)[0].get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+
+
+def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str, dict[str, Any]]:
+    """A supported model's config, what Transformers calls the model, and options to read it; else ValueError."""
+    from transformers import AutoConfig
+
+    from .families import check_supported
+
+    source, options = _locate(name, revision)
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (*_UNREADABLE, RecursionError) as error:
+        raise ValueError(
+            f"Model {name!r} could not be found or read; expected a hub name, a local directory or a GGUF file "
+            f"({_reason(error)})."
+        ) from error
+    check_supported(config.get_text_config(decoder=True).model_type)
+    return config, source, options
 
 
 _UNREADABLE = (

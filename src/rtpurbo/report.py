@@ -1,4 +1,5 @@
 """write_report(artifact_dir) -> report.html: one file with everything measured about a conversion; needs no network.
+write_speed_plot(result, file) draws what `rtpurbo bench` measured of a layer.
 
 Only what was measured is shown; a stage that has not been run is named, with the command that adds it.
 """
@@ -102,9 +103,53 @@ def write_report(artifact_dir: Path, output: Path | None = None) -> Path:
     return target
 
 
-def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list[dict[str, float]]]) -> str:
-    from plotly.offline import get_plotlyjs
+MODES = {
+    "heads": ("single heads select", SPARSE),
+    "groups": ("whole groups select", MARK),
+    "paper": ("retrieval heads dense in prefill (paper)", "#009e73"),
+}
+"""What a layer benchmark's modes are called, and their colours."""
 
+
+def write_speed_plot(result: dict[str, Any], output: Path) -> None:
+    """Write one file with the speedup over the best dense kernel against length, from what `bench_layer` returned.
+
+    A panel for decode and one for prefill, a line per mode and batch; lengths that were refused have no mark.
+    """
+    figures = []
+    for phase, rows in (("decode", result["rows"]), ("prefill", result["prefill_rows"])):
+        shown = sorted((row for row in rows if "speedup" in row), key=lambda row: row["slots"])
+        lengths, traces = sorted({row["slots"] for row in shown}), []
+        batches = sorted({row["batch"] for row in shown})
+        for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in shown):
+            its = [row for row in shown if (row["mode"], row["batch"]) == (mode, batch)]
+            name, color = MODES[mode]
+            name += f", batch {batch}" * (phase == "decode")
+            dash = ("solid", "dash", "dot", "dashdot")[batches.index(batch) % 4]
+            x, y = [row["slots"] for row in its], [row["speedup"] for row in its]
+            hover = f"{name}, %{{x:,}} tokens: %{{y:.2f}} ×"
+            traces.append(_line(name, x, y, hover, color, dash=dash, mode="lines+markers"))
+        ticks = {"tickvals": lengths, "ticktext": [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths]}
+        x_axis = {"title": "tokens, log scale", "type": "log", **ticks}
+        y_axis = {"title": "speedup over the best dense kernel", "rangemode": "tozero", "tickformat": ".3~g"}
+        caption = "Above 1 the sparse layer is faster than the best dense kernel on the same machine."
+        plot = _notes(["No dense kernel ran, so nothing is compared."])
+        if traces:
+            plot = _figure(phase, caption, traces, x=x_axis, y=y_axis)
+        figures.append(f"<section><h2>{phase.capitalize()}</h2>{plot}</section>")
+    shape = result["shape"]
+    about = (
+        f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads and {shape['head_dim']} dimensions, window of "
+        f"{card.tokens(shape['window_tokens'])}; {result['device']}, {result['dtype']}, PyTorch {result['torch']}, "
+        f"{result['attention']}."
+    )
+    body = f"""<header><p class=caption>RTPurbo bench</p><h1>Speed of one attention layer</h1><p>{escape(about)}</p></header>
+<main class="grid two">{"".join(figures)}</main>"""
+    with atomic_path(output) as temporary:
+        temporary.write_text(_document("RTPurbo bench: one attention layer", body), encoding="utf-8")
+
+
+def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list[dict[str, float]]]) -> str:
     name, heads, sparse = escape(str(artifact.base_model["name"])), artifact.heads, artifact.config
     pairs, rows = card.speed_pairs(evaluation), card.measured_rows(artifact, evaluation)
     tiles = [(f"{heads.ratio:.1%}", "of query heads retrieve"), (f"{heads.full_kv_ratio:.1%}", "of KV heads are kept whole")]
@@ -126,19 +171,7 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
         "Cache": _cache(artifact, pairs) if pairs else "",
         "Settings": _settings(artifact, evaluation),
     }
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
-<title>RTPurbo report: {name}</title>
-<style>{_STYLE}</style>
-<script>{get_plotlyjs()}</script>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <p class=caption>RTPurbo report</p>
 <h1>{name.replace("/", "/<wbr>")}</h1>
 <p>Sparse version: every head sees a window of {card.tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval
@@ -146,7 +179,27 @@ heads also read {"all earlier tokens" if artifact.indexer is None else index}.</
 <div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
 <noscript><p class=note>The figures need JavaScript.</p></noscript>
 </header>
-<main>{"".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)}</main>
+<main>{"".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)}</main>"""
+    return _document(f"RTPurbo report: {name}", body)
+
+
+def _document(title: str, body: str) -> str:
+    """A whole page with the scripts of its figures; title and body are escaped."""
+    from plotly.offline import get_plotlyjs
+
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title>
+<style>{_STYLE}</style>
+<script>{get_plotlyjs()}</script>
+</head>
+<body>
+{body}
 <script>{_SCRIPT}</script>
 </body>
 </html>
