@@ -1,15 +1,19 @@
-"""Write the README's table from the JSON files in benchmarks/results: python benchmarks/tables.py"""
+"""Write the README's tables and its plot from the JSON files in benchmarks/results: python benchmarks/tables.py"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 from rtpurbo.config import SparseConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLOT = ROOT / "docs" / "speed.svg"
+LAYER = RESULTS / "h100_layer.json"
 
 
 def smollm2() -> str:
@@ -92,25 +96,49 @@ def smollm2() -> str:
     return "\n".join(lines)
 
 
-def layer() -> str:
-    """One attention layer on a GPU, dense and sparse."""
-    found = json.loads((RESULTS / "h100_layer.json").read_text())
+def layer(found: dict[str, Any] | None = None) -> str:
+    """One attention layer on a GPU, dense and sparse: `found`, by default that of the results."""
+    found = json.loads(LAYER.read_text()) if found is None else found
     environment, shape = found["environment"], found["shape"]
-    heads = f"{len(shape['retrieval'])} heads select"
-    columns = {"heads": heads, "groups": "15 % of KV groups select"}
-    lines = [f"| | best dense kernel | {' | '.join(columns.values())} |", "|---|---|---|---|"]
-    for phase, rows, unit in (("decode", found["rows"], 1e6), ("prefill", found["prefill_rows"], 1e3)):
+    both = [*found["rows"], *found["prefill_rows"]]
+    names = {"heads": f"{len(shape['retrieval'])} heads select", "groups": "15 % of KV groups select"}
+    names["paper"] = f"{len(shape['retrieval'])} heads dense in prefill (paper)"
+    modes = [mode for mode in names if any(row["mode"] == mode for row in both)]
+    rates = any("sparse_tflops" in row or "sparse_tb_per_second" in row for row in both)
+    traced = any(row.get("shares") for row in both)
+    more = ["achieved, dense and sparse"] * rates + ["index and selection"] * traced
+    header = ["best dense kernel", *(names[mode] for mode in modes), *more]
+    lines = [f"| | {' | '.join(header)} |", "|---" * (1 + len(header)) + "|"]
+
+    def sparse(row: dict[str, Any], time: str) -> str:
+        gain = f" ({row['dense_seconds'] / row['sparse_seconds']:.1f}x)" if "dense_seconds" in row else ""
+        return f"{row['sparse_seconds'] * unit:{time}}{gain}"
+
+    def each(key: str, form: str, at: list[dict[str, Any]]) -> str:
+        return " / ".join(f"{row[key]:{form}}" if row.get(key) is not None else "–" for row in at)
+
+    for phase, rows, unit, rate in (
+        ("decode", found["rows"], 1e6, ("tb_per_second", ".2f", "TB/s")),
+        ("prefill", found["prefill_rows"], 1e3, ("tflops", ".0f", "TFLOP/s")),
+    ):
+        time, symbol = (".0f", "us") if unit == 1e6 else (".1f", "ms")
         for batch, slots in dict.fromkeys((row["batch"], row["slots"]) for row in rows):
             at = {row["mode"]: row for row in rows if (row["batch"], row["slots"]) == (batch, slots)}
-            dense = at["heads"]
-            digits = ".0f" if unit == 1e6 else ".1f"
-            cells = [
-                f"{row['sparse_seconds'] * unit:{digits}} ({row['dense_seconds'] / row['sparse_seconds']:.1f}x)"
-                for row in (at[mode] for mode in columns)
-            ]
-            name = f"{phase}, {slots // 1024}K" + (f", batch {batch}" if phase == "decode" else "")
-            best = f"{dense['dense_seconds'] * unit:{digits}} {'us' if unit == 1e6 else 'ms'} ({dense['dense_backend']})"
-            lines.append(f"| {name} | {best} | {' | '.join(cells)} |")
+            shown = [at[mode] for mode in modes if "sparse_seconds" in at.get(mode, {})]
+            dense = next((row for row in shown if "dense_seconds" in row), None)
+            cells = [f"{phase}, {slots // 1024}K" + (f", batch {batch}" if phase == "decode" else "")]
+            cells.append(
+                f"{dense['dense_seconds'] * unit:{time}} {symbol} ({dense['dense_backend']})" if dense else "refused"
+            )
+            for mode in modes:
+                row = at.get(mode, {})
+                cells.append(sparse(row, time) if "sparse_seconds" in row else "refused" if row else "–")
+            key, form, name = rate
+            if rates:
+                cells.append(f"{each(f'dense_{key}', form, shown[:1])}, {each(f'sparse_{key}', form, shown)} {name}")
+            if traced:
+                cells.append(each("index", ".0%", [row.get("shares") or {} for row in shown]))
+            lines.append(f"| {' | '.join(cells)} |")
     far = found["prefill_rows"][0]["parts"][0]["far_ratio"]
     lines += [
         "",
@@ -122,6 +150,59 @@ def layer() -> str:
         "and a tile of 16 positions reads 23 % (docs/log.md). `rtpurbo bench` measures the same on your GPU.",
     ]
     return "\n".join(lines)
+
+
+COLOURS = {"heads": "#3b8ed0", "groups": "#e0702a", "paper": "#2ca58d"}
+INK = "#848d97"
+"""Readable on white and on black."""
+
+
+def speed_svg(found: dict[str, Any] | None = None) -> str:
+    """Speedup over the best dense kernel against length, decode beside prefill: `found`, by default that of the results."""
+    found = json.loads(LAYER.read_text()) if found is None else found
+    names = {"heads": f"{len(found['shape']['retrieval'])} heads", "groups": "15 % of groups", "paper": "paper"}
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 380" font-family="sans-serif" font-size="13" fill="none">',
+        "<title>Speedup of one sparse attention layer over the best dense kernel</title>",
+    ]
+
+    def text(x: float, y: float, content: str, anchor: str = "start", colour: str = INK, size: int = 13) -> None:
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}"'
+        parts.append(f"<text {place}>{content}</text>")
+
+    for left, phase, rows in ((40, "Decode", found["rows"]), (490, "Prefill", found["prefill_rows"])):
+        shown = [row for row in rows if "speedup" in row]
+        lengths = sorted({row["slots"] for row in shown})
+        batches = sorted({row["batch"] for row in shown})
+        top = max(row["speedup"] for row in shown)
+        step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if top / s <= 6)
+        high = step * math.ceil(top / step)
+        span = math.log2(lengths[-1] / lengths[0]) or 1.0
+
+        def place(slots: int, speedup: float, left=left, first=lengths[0], span=span, high=high) -> tuple[float, float]:
+            return left + 10 + 250 * math.log2(slots / first) / span, 330 - 280 * speedup / high
+
+        text(left, 24, f"{phase}: times faster than the best dense kernel", size=14)
+        for i in range(round(high / step) + 1):
+            y = place(lengths[0], i * step)[1]
+            parts.append(f'<path d="M{left} {y:.1f}h270" stroke="{INK}" stroke-opacity="0.3"/>')
+            text(left - 6, y + 4, f"{i * step:g}", "end")
+        for slots in lengths:
+            text(place(slots, 0)[0], 350, f"{slots // 1024}K", "middle")
+        text(left + 135, 370, "tokens", "middle")
+        labels = []
+        for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in shown):
+            points = [place(row["slots"], row["speedup"]) for row in shown if (row["mode"], row["batch"]) == (mode, batch)]
+            line = "L".join(f"{x:.1f} {y:.1f}" for x, y in sorted(points))
+            dash = ' stroke-dasharray="6 4"' if batch != batches[0] else ""
+            parts.append(f'<path d="M{line}" stroke="{COLOURS[mode]}" stroke-width="2"{dash}/>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[mode]}"/>' for x, y in points]
+            labels.append([max(points)[1], names[mode] + (f", batch {batch}" if phase == "Decode" else ""), COLOURS[mode]])
+        below = 400.0
+        for y, label, colour in sorted(labels, reverse=True):  # labels that would overlap are pushed up
+            below = min(y, below - 16)
+            text(left + 272, below + 4, label, colour=colour)
+    return "\n".join([*parts, "</svg>", ""])
 
 
 TABLES = {"smollm2": smollm2, "layer": layer}
@@ -138,3 +219,4 @@ def updated(text: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text()))
+    PLOT.write_text(speed_svg())
