@@ -547,8 +547,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         try:
             with running(model, variant):
                 measure(model, prompts[min(lengths)], chunk_tokens=args.chunk_tokens, steps=1, repeats=1)
-        except (ImportError, TypeError, RuntimeError) as problem:  # a prerelease that this Transformers cannot call
-            if variant != FLASH:
+        except (ImportError, AttributeError, TypeError, AssertionError, RuntimeError) as problem:
+            if variant != FLASH:  # a prerelease that this Transformers may not know how to call
                 raise
             variants.remove(FLASH)
             result["skipped"][FLASH] = f"{type(problem).__name__}: {problem}"
@@ -566,7 +566,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             result["rows"].append(row)
-            say(f"\n{line(row)}  {row.get('selected_shares', '')}")
+            say(f"\n{line(row)}")
+            if row.get("selected_shares"):
+                print(f"          selected: {row['selected_shares']}", flush=True)
     say(f"\n{table(result['rows'])}")
     return result
 

@@ -115,6 +115,21 @@ def test_rows_survive_a_lack_of_memory(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == found
 
 
+def test_a_kernel_that_cannot_be_called_is_skipped(monkeypatch):
+    true = end_to_end.prefill
+
+    def prefill(model, *args):
+        if model.config._attn_implementation == "flash_attention_4":
+            raise TypeError("an unexpected argument")
+        return true(model, *args)
+
+    monkeypatch.setattr(end_to_end, "prefill", prefill)
+    monkeypatch.setattr(end_to_end, "is_flash_attn_4_available", lambda: True)
+    found = run("--lengths", 640)
+    assert found["skipped"] == {"flash_attention_4": "TypeError: an unexpected argument"}
+    assert [row["variant"] for row in found["rows"]] == ["sparse", "sdpa"]
+
+
 def test_a_stretched_map_keeps_the_depths():
     source = rtpurbo.Artifact.load(FILE.parent.parent / "artefacts" / "smollm2-135m-8k").heads
     units = [len(source.units(layer)) for layer in range(30)]
