@@ -71,9 +71,16 @@ def run_window(q, k, v, *, window, sink_tokens, real, first_slot=0):
     )  # fmt: skip
 
 
+@pytest.fixture(params=["by pointers", "by TMA"])
+def whole_tiles(request, monkeypatch):
+    """How whole tiles are fetched; the interpreter knows tensor descriptors too."""
+    if request.param == "by pointers" or DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "has_tma", lambda device: request.param == "by TMA")
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("slots", "queries"), LENGTHS)
-def test_window(slots, queries, padding):
+def test_window(slots, queries, padding, whole_tiles):
     q, k, v, *_ = make_inputs(2, 2, slots, queries)
     real = make_real(padding, 2, slots)
     for window, sink_tokens in [(1, 0), (5, 4), (slots - 1, 1), (slots, 2), (slots + 1, 4)]:
@@ -436,6 +443,9 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, warps=4, stage
     for argument in kernel.arg_names:
         scalar = "fp32" if argument in ("top_p", "min_probability", "scale") else "i32"
         pointer = types_of.get(argument, "*bf16") if argument.startswith("p_") else scalar
+        if argument.startswith("t_"):
+            rows = constants["M" if argument == "t_q" else "N"]
+            pointer = f"tensordesc<bf16[{rows},{constants['D']}]>" if constants["TMA"] else "*bf16"
         types[argument] = "constexpr" if argument in constants else pointer
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if types[a].startswith("*")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
@@ -445,7 +455,7 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, warps=4, stage
     return len(binary.asm["cubin"])
 
 tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256,
-        "SEARCH": True, "LOWEST": kernels.LOWEST}
+        "SEARCH": True, "LOWEST": kernels.LOWEST, "TMA": False}
 sizes = []
 for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the largest GPUs of each kind have this much
     for heads, dim in ((8, 128), (1, 128), (2, 256)):
@@ -455,8 +465,9 @@ for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the lar
         how |= {"T": gather_kernels.KEY_TILE, "FAR": gather_kernels.FAR_TOKENS}
         sizes.append(compiled("_gather", capability, S=heads, SP=heads, P=P, D=dim, d=16, **how))
     for dim in (64, 128, 256):
-        tiles = kernels._forward_tiles(dim)
-        how = {"warps": tiles.pop("num_warps"), "stages": tiles.pop("num_stages"), "fits": shared, "PADDED": False}
+        tiles = kernels._forward_tiles(dim, capability == 90)
+        how = {"warps": tiles.pop("num_warps"), "stages": tiles.pop("num_stages"), "PADDED": False}
+        how |= {"TMA": capability == 90, "fits": kernels.TMA_SHARED_BYTES if capability == 90 else shared}
         how |= {"LOCAL": True, "SELECT": False, "ONE_ROW": True}
         sizes.append(compiled("_forward", capability, D=dim, d=16, S=16, **tiles, **how))
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):

@@ -15,15 +15,12 @@ Shapes and names: see `kernels.py`.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, gpu
 from .reference import numbers
 
 BIT_POSITIONS = 128
@@ -52,13 +49,6 @@ def stages(head_dim: int, rows: int, capability: tuple[int, int], shared_bytes: 
     """Tiles of keys and values that `_gather` may have under way, three at most, in a program's shared memory."""
     queries = 2 * rows * head_dim if capability >= (9, 0) else 0  # before Hopper they stay in registers
     return max(1, min(3, (shared_bytes - queries - 4096) // (KEY_TILE * (4 * head_dim + 32))))
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability of a GPU, and bytes of shared memory that one program may take, as Triton counts them."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.get_device_capability(index), driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 @triton.jit(do_not_specialize=["queries", "slots", "first"])
@@ -234,7 +224,7 @@ def retrieval_prefill(
     units = len(heads) // heads_per_unit
     many = positions(heads_per_unit, dim)
     padded = triton.next_power_of_2(heads_per_unit)
-    pipeline = 3 if not q.is_cuda else stages(dim, padded * many, *_gpu(q.device))
+    pipeline = 3 if not q.is_cuda else stages(dim, padded * many, *gpu(q.device))
     flags = {"d": index_q.shape[-1], "P": many, "T": KEY_TILE, "PADDED": real is not None, "ONE_ROW": is_sink.shape[0] == 1}
     words = triton.cdiv(max(slots - window_tokens, 1), 32 * KEY_TILE) * KEY_TILE
     block = max(BIT_POSITIONS, many)

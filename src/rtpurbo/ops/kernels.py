@@ -11,6 +11,7 @@ Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks; M queries and N k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .reference import needs_gradient, numbers
 from .select import GRID_STEPS, STEP_NATS, leaves_out
@@ -36,9 +39,33 @@ def _tiles(head_dim: int) -> dict[str, int]:
     return {"M": 64, "N": 64, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 3 if head_dim <= 128 else 2}
 
 
-def _forward_tiles(head_dim: int) -> dict[str, int]:
-    """The same for the forward pass, which holds less."""
+def _forward_tiles(head_dim: int, tma: bool = False) -> dict[str, int]:
+    """The same for the forward pass, which holds less; with TMA as much as fits a Hopper's shared memory."""
+    if tma and head_dim == 128:
+        return {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}
     return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3} if head_dim == 128 else _tiles(head_dim)
+
+
+TMA_SHARED_BYTES = 230400
+"""Shared memory that the largest of these tiles take."""
+
+
+@cache
+def gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability of a GPU, and bytes of shared memory that one program may take, as Triton counts them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.get_device_capability(index), driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU's tensor memory accelerator can fetch whole tiles, and their pipeline fits (Hopper on)."""
+    return device.type == "cuda" and gpu(device)[0] >= (9, 0) and gpu(device)[1] >= TMA_SHARED_BYTES
+
+
+def _row_tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` rows of a contiguous [..., D], its heads one after the other."""
+    flat = x.view(-1, x.shape[-1])
+    return TensorDescriptor.from_tensor(flat, [rows, x.shape[-1]])
 
 
 @triton.jit
@@ -103,6 +130,15 @@ def _key_tile(
         b_sink = tl.load(p_sink + (0 if ONE_ROW else batch) * last + o_k, mask=m_k, other=0).to(tl.int32)
         m_seen = _kept(m_seen, o_q, o_k, b_iq, b_ik, b_least, b_sink, window)
     return b_k, b_v, m_seen
+
+
+@triton.jit
+def _whole_tile(p_k, p_v, t_k, t_v, first, D: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr):
+    """Keys and values of N rows from `first` on, all of them there."""
+    if TMA:
+        return t_k.load([first.to(tl.int32), 0]), t_v.load([first.to(tl.int32), 0])
+    o_kd = (first + tl.arange(0, N))[:, None] * D + tl.arange(0, D)
+    return tl.load(p_k + o_kd), tl.load(p_v + o_kd)
 
 
 @triton.jit
@@ -205,16 +241,17 @@ def _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale):
 
 @triton.jit
 def _forward(
-    p_q, p_k, p_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_out, p_lse,
+    p_q, p_k, p_v, t_q, t_k, t_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_out, p_lse,
     queries, length, first_slot, heads, per_unit, window, scale, q_heads, kv_heads,
     D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+    LOCAL: tl.constexpr, SELECT: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of one tile of M queries of one head, online over key tiles; base-2 log-sum-exp beside it.
 
-    Head number h of a launch is q's head p_heads[h] and reads the keys and values of row p_rows[h].
+    Head number h of a launch is q's head p_heads[h] and reads the keys and values of row p_rows[h]. t_: the rows of q, k
+    and v as tensor descriptors, with TMA.
     """
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, tile = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     last = first_slot + length
     begin = (last - queries) // M * M + tile * M
     o_q = begin + tl.arange(0, M)
@@ -225,7 +262,10 @@ def _forward(
     batch = row // heads
     q_row = batch * q_heads + tl.load(p_heads + row % heads)
     kv_row = batch * kv_heads + tl.load(p_rows + row % heads)
-    b_q = tl.load(p_q + (q_row * queries + o_t[:, None]) * D + o_d, mask=m_q[:, None], other=0.0)
+    if TMA:  # rows before and after a head's own are another's, and not stored
+        b_q = t_q.load([(q_row * queries + begin - (last - queries)).to(tl.int32), 0])
+    else:
+        b_q = tl.load(p_q + (q_row * queries + o_t[:, None]) * D + o_d, mask=m_q[:, None], other=0.0)
     b_iq, b_least = b_q, o_q.to(tl.float32)
     if SELECT:
         b_iq = tl.load(p_iq + (unit * queries + o_t[:, None]) * d + o_i, mask=m_q[:, None], other=0.0)
@@ -235,17 +275,6 @@ def _forward(
     acc = tl.zeros([M, D], tl.float32)
     stop = tl.minimum(begin + M, last)
     start_at = _first_key(begin, last - queries, first_slot, window, N, LOCAL)
-    if LOCAL:
-        o_s = tl.arange(0, S)
-        b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
-        b_sk = tl.load(p_sk + (kv_row * S + o_s[:, None]) * D + o_d)
-        b_sv = tl.load(p_sv + (kv_row * S + o_s[:, None]) * D + o_d)
-        m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
-        old = tl.where(m_old, tl.dot(b_q, tl.trans(b_sk), input_precision="ieee") * scale, float("-inf"))
-        peak = tl.max(old, 1)
-        old = tl.exp2(old - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
-        total = tl.sum(old, 1)
-        acc = tl.dot(old.to(b_sv.dtype), b_sv, input_precision="ieee")
     whole_from, whole_to = stop, stop  # tiles in between are seen whole by all queries
     if not SELECT and not PADDED:
         whole_from, whole_to = _whole_tiles(begin, start_at, stop, window, M, N, LOCAL)
@@ -257,8 +286,7 @@ def _forward(
         peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     if not SELECT and not PADDED:
         for start in range(whole_from, whole_to, N):
-            o_k = kv_row * length + start - first_slot + tl.arange(0, N)
-            b_k, b_v = tl.load(p_k + o_k[:, None] * D + o_d), tl.load(p_v + o_k[:, None] * D + o_d)
+            b_k, b_v = _whole_tile(p_k, p_v, t_k, t_v, kv_row * length + start - first_slot, D, N, TMA)
             peak, total, acc = _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale)
         for start in range(whole_to, stop, N):
             b_k, b_v, m_seen = _key_tile(
@@ -266,6 +294,13 @@ def _forward(
                 D, d, N, LOCAL, SELECT, PADDED, ONE_ROW,
             )  # fmt: skip
             peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
+    if LOCAL:  # the sinks last: their tile then takes no shared memory beside the others
+        o_s = tl.arange(0, S)
+        b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
+        b_sk = tl.load(p_sk + (kv_row * S + o_s[:, None]) * D + o_d)
+        b_sv = tl.load(p_sv + (kv_row * S + o_s[:, None]) * D + o_d)
+        m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
+        peak, total, acc = _add_tile(b_q, b_sk, b_sv, m_old, peak, total, acc, scale)
     total = tl.where(m_q, total, 1.0)
     peak = tl.where(m_q, peak, 0.0)
     o_out = (q_row * queries + o_t[:, None]) * D + o_d
@@ -482,11 +517,13 @@ class _Call:
         sinks = (sk, sv, self.sinks) if sk is not None and sv is not None else (q,) * 3
         lse = torch.empty(self.q_shape[:3], dtype=torch.float32, device=q.device)
         maps = (numbers(self.heads, q.device), numbers(self.rows, q.device))
-        tile = _tiles(q.shape[3]) if self.index is not None else _forward_tiles(q.shape[3])
+        tma = self.index is None and self.real is None and has_tma(q.device)
+        tile = _tiles(q.shape[3]) if self.index is not None else _forward_tiles(q.shape[3], tma)
+        tiles = (_row_tiles(q, tile["M"]), _row_tiles(k, tile["N"]), _row_tiles(v, tile["N"])) if tma else (q, k, v)
         with _on(q):
-            _forward[self._query_grid(tile["M"])](
-                q, k, v, *sinks, *self._masks(q), *maps, out, lse, *self._numbers(), q.shape[1], k.shape[1],
-                S=self._sink_rows, **self._flags(tile),
+            _forward[self._query_grid(tile["M"])[::-1]](
+                q, k, v, *tiles, *sinks, *self._masks(q), *maps, out, lse, *self._numbers(), q.shape[1], k.shape[1],
+                S=self._sink_rows, TMA=tma, **self._flags(tile),
             )  # fmt: skip
         return lse
 
