@@ -167,9 +167,9 @@ def main() -> None:
         },
         "what": "Far tokens that the index selects with its keys stored in fewer bits, against float32 keys; base model in "
         "float32, index of stage 1. recall: share of the tokens selected with float32 keys that are selected too; "
-        "extra: other tokens, as a share of the same; mass_kept: full attention on selected tokens, window and sinks; score_error_nats: "
-        "root mean square over far tokens, less what all scores of a query share. Scales, means and rotations come from a "
-        "document of their own.",
+        "extra: other tokens, as a share of the same; mass_kept: full attention on selected tokens, window and sinks; "
+        "score_error_nats: root mean square over far tokens, less what all scores of a query share. Scales, means "
+        "and rotations come from a document of their own.",
         "artefact": Path(options.artefact).name,
         "rule": sparse.rule,
         "window_tokens": sparse.window_tokens,
