@@ -90,6 +90,8 @@ def oracle(model, heads, config, indexer=None):
                     unit_q = torch.cat([pre_q[:, :, h] for h in chosen[unit * size : (unit + 1) * size]], -1)
                     index_q = unit_q @ indexer[name].query[unit].T
                     index_k = pre_k[:, :, first // group] @ indexer[name].key[unit].T
+                    if config.index_dtype == "float8":
+                        index_k = index_k.to(torch.float8_e4m3fn).to(index_k.dtype)
                     scores = (index_q @ index_k.transpose(1, 2)).masked_fill(~visible, -torch.inf)
                     keep = selected(scores, config.top_p, config.min_probability) & visible
                     for h in chosen[unit * size : (unit + 1) * size]:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rtpurbo.attach import attached
 from rtpurbo.cache import CACHE, SparseLayer, TokenBuffer, cache_bytes
 from rtpurbo.heads import HeadMap
-from rtpurbo.indexer import LayerIndexer
+from rtpurbo.indexer import LayerIndexer, stored_keys
 from tiny import (
     CONFIG,
     FAMILY_NAMES,
@@ -160,6 +160,35 @@ def test_index_keys_are_computed_once(llama, heads, monkeypatch):
             assert_same(pieces.view(None).index_k, whole.view(None).index_k, atol=1e-5)
 
 
+def test_float8_index_keys_are_the_same_however_they_are_fed(heads):
+    model = shared_model("llama", dtype=torch.float64)
+    ids, mask = left_padded([90, 60])
+    with attached(model, heads, dataclasses.replace(CONFIG, index_dtype="float8"), random_indexer(heads)):
+        whole, _ = filled_cache(model, ids, mask)
+        pieces, _ = filled_cache(model, ids, mask, [50, 1, 30, 1])
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        want, got = one.view(mask).index_k, other.view(mask).index_k
+        if want is not None:
+            assert want.dtype == got.dtype == torch.float8_e4m3fn
+            assert (got.float() == want.float()).float().mean() > 0.999  # a last bit may tip a key over
+
+
+def test_float8_index_keys_take_one_byte_a_dimension(heads):
+    model = shared_model("llama", dtype=torch.bfloat16)
+    held = {}
+    for dtype in ("auto", "float8"):
+        with attached(model, heads, dataclasses.replace(CONFIG, index_dtype=dtype), random_indexer(heads)):
+            held[dtype], _ = filled_cache(model, tokens(120, 2))
+    index = 2 * 120 * INDEX_DIM * sum(len(heads.units(layer)) for layer in heads.layers)
+    assert cache_bytes(held["auto"]) - cache_bytes(held["float8"]) == index
+
+
+@pytest.mark.parametrize("value", [500.0, 1e9, torch.inf])
+def test_float8_index_keys_beyond_the_range_are_the_largest(value):
+    keys = stored_keys(torch.tensor([value, -value, 448.0, 0.0]), "float8", torch.bfloat16)
+    assert keys.float().tolist() == [448.0, -448.0, 448.0, 0.0]
+
+
 def test_index_keys_are_not_kept_when_nothing_is_selected(heads):
     model = shared_model("llama")
     for config, indexer in (
@@ -208,7 +237,9 @@ def test_several_turns_on_one_cache(family):
 
 
 @pytest.mark.parametrize("length", [10, 40])  # before and after the split
-def test_repeated_and_selected_rows(llama, length):
+@pytest.mark.parametrize("index_dtype", ["auto", "float8"])
+def test_repeated_and_selected_rows(heads, length, index_dtype):
+    llama = shared_model("llama", dtype=torch.float64)
     ids, mask = left_padded([length, length - 6, length - 4])
     more = tokens(12, 6, seed=9)
     real = torch.ones_like(more, dtype=torch.bool)
@@ -228,7 +259,8 @@ def test_repeated_and_selected_rows(llama, length):
             out.append(step.logits)
         assert_same(torch.cat(out, 1), want[:, length:])
 
-    with torch.no_grad():
+    config = dataclasses.replace(CONFIG, index_dtype=index_dtype)
+    with torch.no_grad(), attached(llama, heads, config, random_indexer(heads)):
         run([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2))
         run([2, 0], lambda cache: cache.batch_select_indices(torch.tensor([2, 0])))
         run([1], lambda cache: cache.batch_select_indices(torch.tensor([1])))

@@ -1,5 +1,6 @@
 """The artefact: round trips, damage, crashes, and what is never done (unpickling, leaving its directory)."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -45,6 +46,24 @@ def test_config_file_is_readable_json(tmp_path):
     assert raw["format_version"] == 1
     assert raw["sparse"] == {"window_tokens": 12, "sink_tokens": 4, "index_dim": 8, "top_p": 0.7, "min_probability": 0.0}
     assert raw["heads"]["retrieval"] == [[0, 1, 2], None, [5]]
+
+
+def test_float8_index_keys_are_a_setting_of_the_artefact(tmp_path):
+    small = dataclasses.replace(CONFIG, index_dtype="float8")
+    make_artifact(1, config=small).save(tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["sparse"]["index_dtype"] == "float8"
+    assert Artifact.load(tmp_path).config == small
+    assert make_artifact(1, config=small).digest() != make_artifact(1).digest()
+    change(tmp_path, "sparse", "index_dtype", to="fp8")
+    load_error(tmp_path, r"index_dtype must be 'auto' or 'float8', got 'fp8'\.")
+
+
+def test_an_evaluated_artefact_from_before_index_dtype_keeps_its_checksum():
+    shipped = Path(__file__).parents[1] / "artefacts" / "smollm2-135m-8k"
+    found = Artifact.load(shipped)
+    assert "index_dtype" not in json.loads((shipped / CONFIG_FILE).read_text())["sparse"]
+    assert found.config.index_dtype == "auto"
+    assert found.digest() == json.loads((shipped / "eval.json").read_text())["artifact"]
 
 
 def test_with_stage_adds_a_section():

@@ -107,6 +107,10 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
     assert code == 0, err
     assert json.loads((tmp_path / "reply.json").read_text())["new_tokens"] <= 3
     assert run(*common, "--dense")[0] == 0
+    code, out, err = run(*common, "--index-dtype", "float8", "--json", tmp_path / "small.json")
+    assert code == 0, err
+    replies = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("reply", "small")]
+    assert replies[0]["cache_bytes"] > replies[1]["cache_bytes"]
     assert run(*common, "--temperature", "0.7", "--seed", 3)[1] == run(*common, "--temperature", "0.7", "--seed", 3)[1]
     code, out, err = run("bench", converted, "--sources", source, "--lengths-tokens", 96, 160, "--new-tokens", 2)
     assert code == 0, err
@@ -280,9 +284,10 @@ def test_prompts_that_cannot_be_used(tmp_path, converted):
         assert "temperature must be 0 (greedy) or above" in fails(
             "generate", converted, "--prompt", "a city", "--temperature", bad
         )
-    assert "has no effect with --dense" in fails(
-        "generate", converted, "--prompt", "a city", "--dense", "--top-p-mass", "0.5"
-    )
+    for flag, value in (("--top-p-mass", "0.5"), ("--index-dtype", "float8")):
+        assert f"{flag} is the sparse model's and has no effect with --dense" in fails(
+            "generate", converted, "--prompt", "a city", "--dense", flag, value
+        )
     long = "city " * 600
     assert "beyond the model's context of 512" in fails("generate", converted, "--prompt", long)
 

@@ -45,7 +45,20 @@ def test_artefact_keys():
 def test_sparse_config_fields_and_defaults():
     assert dataclasses.asdict(SparseConfig()) == {
         "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 1.0, "min_probability": 1e-4,
+        "index_dtype": "auto",
     }  # fmt: skip
+
+
+def test_index_dtype_is_named_only_where_it_is_not_the_default():
+    """So that artefacts, checksums and records of stages from before it stay what they are."""
+    plain, small = SparseConfig(), SparseConfig(index_dtype="float8")
+    assert plain.to_dict() == {key: value for key, value in dataclasses.asdict(plain).items() if key != "index_dtype"}
+    assert small.to_dict() == dataclasses.asdict(small)
+    for sparse in (plain, small):
+        assert from_dict(SparseConfig, sparse.to_dict(), where="here") == sparse
+        assert sparse.with_index_dtype(None) == sparse
+        assert sparse.with_index_dtype("float8") == small
+    assert (plain.index_bytes(2), small.index_bytes(2)) == (32, 16)
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -77,6 +90,7 @@ def test_every_field_is_documented(cls):
         (SparseConfig, {"window_tokens": 0}, r"window_tokens must be at least 1 token, got 0\."),
         (SparseConfig, {"sink_tokens": -1}, r"sink_tokens must be 0 or more tokens, got -1\."),
         (SparseConfig, {"index_dim": 0}, r"index_dim must be at least 1, got 0\."),
+        (SparseConfig, {"index_dtype": "float16"}, r"index_dtype must be 'auto' or 'float8', got 'float16'\."),
         (SparseConfig, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         (SparseConfig, {"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1\.01\."),
         (SparseConfig, {"top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan\."),

@@ -211,4 +211,12 @@ def test_sparsify_generates_and_gives_the_model_back():
     assert not torch.equal(sparse_ids, dense)
     with sparsify(model, artifact, top_p=1.0) as sparse:
         assert not torch.equal(sparse.generate(prompt, **GREEDY), sparse_ids)
+    with sparsify(model, artifact, index_dtype="float8") as sparse:
+        cache = sparse(prompt, use_cache=True)[CACHE]
+        assert cache.layers[0].view(None).index_k.dtype == torch.float8_e4m3fn
+    with (
+        pytest.raises(ValueError, match="index_dtype must be 'auto' or 'float8', got 'int8'"),
+        sparsify(model, artifact, index_dtype="int8"),
+    ):
+        pass
     assert int(sparse_ids.max()) < VOCABULARY

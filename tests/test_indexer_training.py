@@ -377,6 +377,26 @@ def brute_force_measure(model, made, indexer, texts, queries: int) -> dict[tuple
     return {unit: torch.tensor(v).mean(0).tolist() for unit, v in found.items()}
 
 
+def test_measure_scores_the_keys_that_a_cache_holds(tokenizer, source):
+    model = random_model()
+    made = artifact(model, "group", window_tokens=24, top_p=0.8)
+    texts = documents([source], tokenizer, length_tokens=96, count=1, seed=5)
+    torch.manual_seed(3)
+    indexer = indexer_training.make_indexer(made.heads, head_dim=16, index_dim=8)
+    small = dataclasses.replace(made.config, index_dtype="float8")
+    got = measure(model, indexer, texts, made.heads, small, queries=12)
+    unrounded = measure(model, indexer, texts, made.heads, made.config, queries=12)
+
+    def rounded(self, k_pre, project=indexer_training.LayerIndexer.project_keys):
+        return project(self, k_pre).to(torch.float8_e4m3fn).float()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer_training.LayerIndexer, "project_keys", rounded)
+        want = measure(model, indexer, texts, made.heads, made.config, queries=12)
+    assert got["kl"] == want["kl"] != unrounded["kl"]
+    assert got["units"] == want["units"]
+
+
 @pytest.mark.parametrize(("name", "least"), [("head", 0.0), ("group", 0.0), ("group", 0.01)])
 def test_measure_against_brute_force(tokenizer, source, name, least):
     model = random_model()

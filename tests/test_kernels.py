@@ -11,6 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+import triton
+import triton.language as tl
+
 from decoding import LAYERS, attended, run_decode, split_roles
 from rtpurbo import ops
 from rtpurbo.ops import decode_kernels, gather_kernels, kernels
@@ -335,6 +338,54 @@ def test_decode_with_an_index_of_any_dimension():
     torch.testing.assert_close(bins.float(), torch.floor(scores / STEP_NATS), atol=1, rtol=0)
 
 
+@triton.jit
+def read_codes(p_codes, p_values):
+    places = tl.arange(0, 256)
+    tl.store(p_values + places, decode_kernels._index_values(tl.load(p_codes + places)))
+
+
+def test_every_float8_code_is_read_exactly():
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    want = codes.view(torch.float8_e4m3fn).float()
+    got = torch.empty_like(want)
+    read_codes[(1,)](codes, got)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert int(want.isnan().sum()) == 2
+    assert torch.equal(got.nan_to_num().view(torch.int32), want.nan_to_num().view(torch.int32))  # the sign of 0 too
+
+
+@pytest.mark.parametrize("how", ["as this GPU does", "as bytes", "as float8"])
+def test_decode_from_float8_index_keys(how, splits, monkeypatch):
+    """The same bits as from keys of these values in the dtype of the queries."""
+    if how != "as this GPU does":
+        if how == "as float8" and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("this GPU cannot convert float8")
+        monkeypatch.setattr(decode_kernels, "_reads_float8", lambda device: how == "as float8")
+    slots = 150
+    q, *_, index_q, index_k = make_inputs(2, 6, slots, 1, units=1)
+    _, k, v, *_ = make_inputs(2, 3, slots, 1)
+    small = index_k.to(torch.float8_e4m3fn)
+    assert not torch.equal(small.to(DTYPE), index_k)
+
+    def run(op, index_k):
+        return run_decode(
+            op, q, k, v, index_q, index_k, retrieval=(2, 3), unit_size=2, window=20, sink_tokens=3, top_p=0.6, real=None,
+            scaling=SCALING,
+        )  # fmt: skip
+
+    for top_p, least in ((0.8, 0.0), (1.0, 0.01), (0.9, 0.02)):
+        rule = {"top_p": top_p, "min_probability": least}
+        want = decode_kernels.thresholds(index_q[:, :, 0], small.to(DTYPE), **rule)
+        got = decode_kernels.thresholds(index_q[:, :, 0], small, **rule)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+    part = torch.cat([small, small], 2)[:, :, :slots]  # of a longer buffer, as the cache has it
+    got = run(decode_kernels.decode_attention, part)
+    assert torch.equal(got, run(decode_kernels.decode_attention, small.to(DTYPE)))
+    if DEVICE == "cpu":  # plain PyTorch selects the same from the same bytes
+        torch.testing.assert_close(got, run(ops.decode.decode_attention, part), atol=1e-5, rtol=1e-5)
+
+
 def decode_keep(index_q, index_k, retrieval, unit_size, near, visible, real, top_p, query_heads):
     """[B, Hq, 1, N] what the kernel has to keep by its own thresholds."""
     keep = (near & visible).expand(index_k.shape[0], query_heads, -1, -1).clone()
@@ -492,6 +543,8 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     for search in (True, False):
         score = decode | {"TILE": decode_kernels.SCORE_TILE, "SEARCH": search}
         sizes.append(compiled("_score", capability, d=16, D=16, **score))
+        small = DECODE | {"p_ik": "*fp8e4nv" if capability >= 89 else "*u8"}
+        sizes.append(compiled("_score", capability, d=16, D=16, **score | {"types_of": small}))
     for page, units in ((0, 1), (0, 3), (16, 2)):
         sizes.append(compiled("_attend", capability, D=128, G=8, GROUP=16, S=16, R=units, PAGE=page, **decode))
 print(json.dumps(sizes))

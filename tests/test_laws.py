@@ -181,6 +181,22 @@ def test_every_setting(granularity, config):
     check_modes(model, heads, config, indexer, want, ids, mask)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_float8_index_keys_select_the_same_however_they_are_fed(family, granularity):
+    model = shared_model(family, dtype=torch.float64)
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+    config = dataclasses.replace(CONFIG, index_dtype="float8")
+    with oracle(model, heads, CONFIG, indexer):
+        unrounded = logits(model, ids, mask)
+    with oracle(model, heads, config, indexer):
+        want = logits(model, ids, mask)
+    assert (want - unrounded)[mask].abs().max() > 0.01  # rounding matters
+    check_modes(model, heads, config, indexer, want, ids, mask)
+
+
 @pytest.mark.parametrize(
     "retrieval",
     [

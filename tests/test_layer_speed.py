@@ -39,15 +39,16 @@ from rtpurbo.ops.select import leaves_out
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 SHAPE = LayerShape(query_heads=8, kv_heads=4, head_dim=16, retrieval=(1, 2, 6), window_tokens=40, far_ratio=0.1)
 GROUPS = dataclasses.replace(SHAPE, retrieval=(2, 3), unit_size=2)
+SMALL = dataclasses.replace(SHAPE, index_dtype="float8")
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GROUPS, dataclasses.replace(SHAPE, retrieval=())])
+@pytest.mark.parametrize("shape", [SHAPE, SMALL, GROUPS, dataclasses.replace(SHAPE, retrieval=())])
 def test_the_replayed_selection_is_what_the_op_selects(shape):
     step, dense, keep, _ = sparse_step(shape, 2, 300, **CPU)
     got, allowed = error(step, dense, keep)
     assert got <= allowed
     wrong = keep.clone()
-    wrong[:, 1 if shape is SHAPE else 2, 100] ^= True
+    wrong[:, 2 if shape is GROUPS else 1, 100] ^= True
     assert error(step, dense, wrong)[0] > 100 * allowed
 
 
@@ -55,6 +56,30 @@ def test_cache_bytes_are_those_of_full_rows_windows_sinks_and_index():
     *_, held = sparse_step(SHAPE, 2, 300, **CPU)
     full, local = 3 * 300 * 16, 1 * (40 + 4) * 16  # heads 1 | 2 | 6 touch three of four KV heads
     assert held == 4 * 2 * (2 * (full + local) + 3 * 300 * 16)
+    *_, smaller = sparse_step(SMALL, 2, 300, **CPU)
+    assert smaller == held - 3 * 2 * 3 * 300 * 16  # one byte a dimension in place of four
+
+
+@pytest.mark.parametrize("far_ratio", [0.0001, 0.03, 0.3])
+def test_float8_keeps_selected_and_other_tokens_well_apart(far_ratio, monkeypatch):
+    shape, seen = dataclasses.replace(SMALL, far_ratio=far_ratio), []
+    monkeypatch.setattr(ops, "decode_attention", lambda *args, **kw: seen.extend(args[7:9]))
+    step, *_ = sparse_step(shape, 1, 20000, device=torch.device("cpu"), dtype=torch.bfloat16)
+    step()
+    index_q, index_k = seen
+    assert index_k.dtype == torch.float8_e4m3fn
+    scores = ops.index_scores(index_q[:, :, None], index_k)[:, :, 0]
+    others = scores[scores < 0]
+    assert (others.min() > -20) & (others.max() < -10)
+    assert (scores >= 0).sum() == pytest.approx(3 * 20000 * far_ratio, rel=0.2, abs=15)
+
+
+def test_float8_index_keys_are_read_as_bytes():
+    normal, small = (decode_bytes(shape, 2, 300, 0.1, element_bytes=2)[1] for shape in (SHAPE, SMALL))
+    assert normal - small == 2 * 3 * 300 * 16
+    with pytest.raises(ValueError, match="index_dtype must be 'auto' or 'float8', got 'fp8'"):
+        layer_shape("9/3/64", retrieval=None, window_tokens=8, far_ratio=0.1, index_dtype="fp8")
+    assert mode_shapes(SMALL)["groups"][0][1].index_dtype == "float8"
 
 
 def test_far_share_is_measured_and_near_the_one_asked_for():

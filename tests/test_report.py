@@ -481,6 +481,9 @@ def test_computed_cache_by_hand():
     # One full KV head; three local ones that hold 7 + 2 tokens; two index keys of three numbers per token.
     assert found["dense"] == [2 * 40 * 4, 2 * 40 * 100]
     assert found["sparse"] == [2 * (10 * (4 + 3 * 4) + 6 * 4), 2 * (10 * (100 + 3 * 9) + 6 * 100)]
+    artifact = dataclasses.replace(artifact, config=dataclasses.replace(config, index_dtype="float8"))
+    found = card.computed_cache(artifact, dense, [4.0, 100.0])  # its index keys take one byte a number
+    assert found["sparse"] == [2 * 10 * (4 + 3 * 4) + 6 * 4, 2 * 10 * (100 + 3 * 9) + 6 * 100]
 
 
 # In a browser

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import IMPLEMENTATION, LayerState, Recorder, mask_interface, sparse_forward
-from .config import SparseConfig
+from .config import IndexDtype, SparseConfig
 from .families import FAMILIES, attention_layers, context_tokens, head_counts
 from .heads import HeadMap
 from .indexer import indexer_from_state
@@ -246,13 +246,20 @@ def adapted(model: PreTrainedModel, path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float | None = None) -> Iterator[Any]:
+def sparsify(
+    model: PreTrainedModel,
+    artifact: Artifact | str,
+    *,
+    top_p: float | None = None,
+    index_dtype: IndexDtype | None = None,
+) -> Iterator[Any]:
     """Borrow a model: sparse inside the `with` block, as it was after it.
 
     Args:
         model: the base model that the artefact was made for.
         artifact: an Artifact, a directory or a hub name.
         top_p: select by this p alone, in place of the artefact's rule.
+        index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
@@ -268,7 +275,7 @@ def sparsify(model: PreTrainedModel, artifact: Artifact | str, *, top_p: float |
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
-    config = artifact.config.by_p(top_p)
+    config = artifact.config.by_p(top_p).with_index_dtype(index_dtype)
     lora = artifact.weights_kind == "lora"
     with (
         adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from . import ops
 from .cache import KeyValues, SparseLayer, sparse_layer, split_heads
 from .config import SparseConfig
 from .heads import HeadMap
-from .indexer import LayerIndexer
+from .indexer import LayerIndexer, stored_keys
 from .ops.reference import visible_slots
 
 IMPLEMENTATION = "rtpurbo"
@@ -128,7 +128,7 @@ def sparse_forward(
 
     indexer: LayerIndexer | None = self._modules.get("rtpurbo_indexer")  # type: ignore[assignment]
     selects = indexer is not None and state.config.selects
-    index_k = indexer.project_keys(k_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
+    index_k = stored_keys(indexer.project_keys(k_pre), state.config.index_dtype, k.dtype) if selects else None  # type: ignore[union-attr]
 
     whole = cache if cache is not None else past_key_values
     layer = None if whole is None else sparse_layer(whole, state.layer, state.new_cache_layer)
@@ -172,7 +172,7 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
         kv.sink_k,
         kv.sink_v,
         index_q,
-        kv.index_k if index_q is not None else None,
+        kv.index_k.to(index_q.dtype) if index_q is not None and kv.index_k is not None else None,  # float8 fits exactly
         kv_rows=state.kv_rows,
         head_units=state.head_units,
         first_slot=kv.first_slot,

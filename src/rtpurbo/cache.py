@@ -61,7 +61,11 @@ class TokenBuffer:
 
     def map(self, function) -> None:
         """Replace the tensor by `function(tensor)`, which may change B only."""
-        self._data = function(self._data).contiguous()
+        data = self._data
+        if data.dtype.itemsize == 1:  # bytes: few operations know float8
+            self._data = function(data.view(torch.uint8)).contiguous().view(data.dtype)
+        else:
+            self._data = function(data).contiguous()
 
     def _move(self, needed: int) -> None:
         live = self.tokens
@@ -88,7 +92,7 @@ class KeyValues:
     sinks: Tensor
     """[B or 1, sink_tokens] slots, -1 for none"""
     index_k: Tensor | None
-    """[B, U, N, d]"""
+    """[B, U, N, d], of the model's dtype or float8 (`SparseConfig.index_dtype`)"""
 
 
 class SparseLayer(CacheLayerMixin):

@@ -77,7 +77,7 @@ class Artifact:
     base_model: dict[str, Any]
     """name, revision, model_type, fingerprint of the model it was made for."""
     config: SparseConfig
-    """Window, sinks, index dimension, p."""
+    """Window, sinks, index dimension and dtype, p."""
     heads: HeadMap
     """Roles of all heads."""
     stages: dict[str, Any] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Artifact:
         raw: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
-            "sparse": dataclasses.asdict(self.config),
+            "sparse": self.config.to_dict(),
             "heads": self.heads.to_dict(),
             "stages": self.stages,
         }
@@ -187,7 +187,7 @@ class Artifact:
         """Hash of what the sparse model computes: base weights, settings, head map, index and distilled weights."""
         index = hashlib.sha256(_tensor_bytes(self.indexer)).hexdigest() if self.indexer is not None else None
         weights = _directory_digest(self.weights_path) if self.weights_path is not None else None
-        parts = [self.base_model["fingerprint"], dataclasses.asdict(self.config), self.heads.to_dict(), index, weights]
+        parts = [self.base_model["fingerprint"], self.config.to_dict(), self.heads.to_dict(), index, weights]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def push_to_hub(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from .checkpoint import atomic_path, write_json
-from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig
 from .pipeline import HELDOUT, TRAINING, ConvertConfig, SparseOptions, say
 
 T = TypeVar("T")
@@ -258,6 +258,8 @@ class Generate(OfArtifact):
     """Use the dense model instead, for comparison."""
     top_p_mass: float | None = None
     """Select by this p alone (the selection's, not sampling's), in (0, 1], in place of the artefact's rule."""
+    index_dtype: IndexDtype | None = None
+    """Keep index keys in the model's dtype (auto) or in float8, in place of the artefact's setting."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -268,8 +270,9 @@ class Generate(OfArtifact):
 
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
-        if self.dense and self.top_p_mass is not None:
-            raise ValueError("--top-p-mass is the sparse model's and has no effect with --dense; leave one of them out.")
+        for flag, value in (("--top-p-mass", self.top_p_mass), ("--index-dtype", self.index_dtype)):
+            if self.dense and value is not None:
+                raise ValueError(f"{flag} is the sparse model's and has no effect with --dense; leave one of them out.")
         text = "" if self.prompt_file is None else _read_text(self.prompt_file)
         text = "\n\n".join(part for part in (text, self.prompt) if part and part.strip())
         if not text:
@@ -281,6 +284,7 @@ class Generate(OfArtifact):
             model, tokenizer = load(
                 self.artifact,
                 top_p=self.top_p_mass,
+                index_dtype=self.index_dtype,
                 base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,
@@ -372,7 +376,7 @@ class Info(Common):
         units = sum(len(heads.units(i)) for i in heads.layers)
         element = 2  # bytes of bfloat16
         dense = len(heads.layers) * heads.kv_heads * head_dim * 2 * element
-        index = units * sparse.index_dim * element if artifact.indexer is not None else 0
+        index = units * sparse.index_bytes(element) if artifact.indexer is not None else 0
         full = dense * heads.full_kv_ratio + index
         result = {
             "base_model": artifact.base_model,
@@ -442,6 +446,8 @@ class Bench(OfArtifact):
     """Lengths of the layer's prefill; default: 32768 131072 (on a CPU 4096)."""
     prefill_far_ratio: float = 0.07
     """Share of far tokens that a tile of positions reads for the layer's retrieval heads in prefill."""
+    index_dtype: IndexDtype = "auto"
+    """What the layer's decode keeps index keys in: the dtype of keys and values (auto), or float8."""
     plot: Path | None = None
     """Write a page with the layer's speedup over the best dense kernel against length to this HTML file."""
 
@@ -505,7 +511,13 @@ class Bench(OfArtifact):
         place = resolve_device(self.device)
         device, dtype = torch.device(place), resolve_dtype(self.dtype, place)
         heads = self.layer_heads()
-        shape = layer_shape(heads, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio)
+        shape = layer_shape(
+            heads,
+            retrieval=self.retrieval,
+            window_tokens=self.window_tokens,
+            far_ratio=self.far_ratio,
+            index_dtype=self.index_dtype,
+        )
         gpu = device.type == "cuda"
         if not gpu:
             _out("No GPU is used: this measures the CPU path, plain PyTorch without the kernels that a GPU would run.")

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 Granularity = Literal["head", "group"]
+IndexDtype = Literal["auto", "float8"]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -54,6 +55,8 @@ class SparseConfig:
     min_probability: float = 1e-4
     """Tokens to which the index gives less of its mass than this are not selected, whatever p asks for, in [0, 1); so no
     query selects more than 1 / min_probability far tokens. 0 for no such limit (the paper)."""
+    index_dtype: IndexDtype = "auto"
+    """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -61,6 +64,15 @@ class SparseConfig:
         _require(self.index_dim >= 1, "index_dim", "at least 1", self.index_dim)
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _require(0.0 <= self.min_probability < 1.0, "min_probability", "in [0, 1)", self.min_probability)
+        _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an artefact holds it. An index_dtype of "auto" is left out, as if it had never been named: so it is in
+        artefacts, checksums and records of stages that are older than this setting."""
+        values = dataclasses.asdict(self)
+        if self.index_dtype == "auto":
+            del values["index_dtype"]
+        return values
 
     @property
     def selects(self) -> bool:
@@ -70,6 +82,14 @@ class SparseConfig:
     def by_p(self, top_p: float | None) -> SparseConfig:
         """The same with this p as its whole rule; unchanged for None."""
         return self if top_p is None else dataclasses.replace(self, top_p=top_p, min_probability=0.0)
+
+    def with_index_dtype(self, index_dtype: IndexDtype | None) -> SparseConfig:
+        """The same with index keys kept so; unchanged for None."""
+        return self if index_dtype is None else dataclasses.replace(self, index_dtype=index_dtype)
+
+    def index_bytes(self, element_bytes: int) -> int:
+        """Bytes of one index key in the cache of a model whose numbers take `element_bytes`."""
+        return self.index_dim * (1 if self.index_dtype == "float8" else element_bytes)
 
     @property
     def rule(self) -> str:

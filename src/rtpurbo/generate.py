@@ -9,6 +9,7 @@ import torch
 
 from .attach import attach, with_adapter
 from .checkpoint import Artifact, check_digest, check_fingerprint
+from .config import IndexDtype
 from .models import load_model
 
 
@@ -16,6 +17,7 @@ def load(
     artifact: Artifact | str | os.PathLike[str],
     *,
     top_p: float | None = None,
+    index_dtype: IndexDtype | None = None,
     dtype: str = "auto",
     device: str = "auto",
     base_model: str | None = None,
@@ -26,6 +28,7 @@ def load(
     Args:
         artifact: an Artifact, a directory or a hub name.
         top_p: select by this p alone, in (0, 1], in place of the artefact's rule.
+        index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
@@ -40,7 +43,7 @@ def load(
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
-    config = artifact.config.by_p(top_p)
+    config = artifact.config.by_p(top_p).with_index_dtype(index_dtype)
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":

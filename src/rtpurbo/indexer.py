@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .config import IndexDtype
 from .heads import HeadMap
+
+FLOAT8 = torch.float8_e4m3fn
+"""What float8 index keys are stored in. Its numbers are relatively as precise anywhere between 1/64 and 448, and index keys
+lie there, so no scale is needed (`docs/log.md`)."""
 
 
 class LayerIndexer(nn.Module):
@@ -49,6 +54,15 @@ class LayerIndexer(nn.Module):
         """Index keys [B, U, T, d] from pre-RoPE keys [B, Hkv, T, D]."""
         with torch.autocast(k_pre.device.type, enabled=False):
             return torch.einsum("buti,udi->butd", k_pre.index_select(1, self.kv_heads).to(self.key.dtype), self.key)
+
+
+def stored_keys(index_k: Tensor, index_dtype: IndexDtype, dtype: torch.dtype) -> Tensor:
+    """Index keys as a cache of numbers of `dtype` holds them. All that scores sees these, so that what is selected depends
+    neither on how a prompt is cut nor on whether it is read or written."""
+    if index_dtype == "auto":
+        return index_k.to(dtype)
+    largest = torch.finfo(FLOAT8).max
+    return index_k.clamp(-largest, largest).to(FLOAT8)  # beyond it some versions of PyTorch give NaN
 
 
 def make_indexer(heads: HeadMap, *, head_dim: int, index_dim: int) -> nn.ModuleDict:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
-from .config import IndexerConfig, SparseConfig
+from .config import IndexDtype, IndexerConfig, SparseConfig
 from .data import documents, mixed_document, shorter, shortest_document
 from .families import document_length, head_counts
 from .heads import HeadMap
-from .indexer import LayerIndexer, indexer_from_state, make_indexer
+from .indexer import LayerIndexer, indexer_from_state, make_indexer, stored_keys
 from .ops import far_slots, index_scores, top_p_threshold
 from .progress import track
 from .training import stage_inputs, train, trainable_state
@@ -102,10 +102,10 @@ def target_attention(c: Capture) -> Tensor:
     return _causal(logits, c.rows).softmax(-1).mean(1)
 
 
-def unit_scores(layer: LayerIndexer, c: Capture) -> Tensor:
-    """Index scores of every unit: [U, m, N] float32, -inf for later tokens."""
-    scores = index_scores(layer.project_queries(c.q_pre[None])[0], layer.project_keys(c.k_pre[None])[0])
-    return _causal(scores, c.rows)
+def unit_scores(layer: LayerIndexer, c: Capture, index_dtype: IndexDtype = "auto") -> Tensor:
+    """Index scores of every unit: [U, m, N] float32, -inf for later tokens; with keys as they are, or rounded to float8."""
+    index_q, index_k = layer.project_queries(c.q_pre[None])[0], layer.project_keys(c.k_pre[None])[0]
+    return _causal(index_scores(index_q, stored_keys(index_k, index_dtype, index_k.dtype)), c.rows)
 
 
 def _causal(scores: Tensor, rows: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ def measure(
         rows = torch.tensor(sorted(rng.choices(range(low, len(tokens)), k=queries)))
         for layer, c in capture(model, tokens, rows, heads).items():
             target = target_attention(c)
-            scores = unit_scores(indexer[str(layer)], c)  # type: ignore[arg-type]
+            scores = unit_scores(indexer[str(layer)], c, sparse.index_dtype)  # type: ignore[arg-type]
             far = far_slots(c.rows, len(tokens), window_tokens, sink_tokens)
             near = ~far  # later tokens too, which hold no attention
             kl, values = kl_divergence(target, scores, far=far), []

@@ -228,9 +228,10 @@ def computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[fl
     if width not in (2, 4) or None in heads.retrieval:
         return {}
     full = sum(len(heads.full_kv_heads(i)) for i in heads.layers)
-    index = sum(len(heads.units(i)) for i in heads.layers) * sparse.index_dim * (artifact.indexer is not None)
+    units = sum(len(heads.units(i)) for i in heads.layers) * (artifact.indexer is not None)
     local = [(every - full) * min(n, sparse.window_tokens - 1 + sparse.sink_tokens) for n in lengths]
-    found = [width * (2 * dim * (full * n + near) + index * n) for n, near in zip(lengths, local, strict=True)]
+    index = units * sparse.index_bytes(round(width))
+    found = [width * 2 * dim * (full * n + near) + index * n for n, near in zip(lengths, local, strict=True)]
     return {"dense": [width * 2 * dim * every * n for n in lengths], "sparse": found}
 
 

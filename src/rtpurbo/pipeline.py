@@ -32,6 +32,7 @@ from .config import (
     CalibrateConfig,
     DistillConfig,
     EvalConfig,
+    IndexDtype,
     IndexerConfig,
     SparseConfig,
     default_lengths,
@@ -64,6 +65,8 @@ class SparseOptions:
     min_probability: float = 1e-4
     """Tokens with less of the index mass than this are never selected, in [0, 1) (the paper: 0); index training may choose
     it (mass-target)."""
+    index_dtype: IndexDtype = "auto"
+    """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded
@@ -77,6 +80,7 @@ class SparseOptions:
             index_dim=self.index_dim,
             top_p=self.top_p,
             min_probability=self.min_probability,
+            index_dtype=self.index_dtype,
         )
 
 
@@ -219,7 +223,7 @@ def finished_stage(
     if name == "calibrate":
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
-        if record.get("sparse") != dataclasses.asdict(sparse):
+        if record.get("sparse") != sparse.to_dict():
             return None
     elif after is None or any(artifact.stages.get(n) != after.stages[n] for n in after.stages):
         return None
@@ -241,7 +245,7 @@ def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | t
     """
     record = {**artifact.stages[name], "sources": list(sources)}
     if name == "calibrate":
-        record["sparse"] = dataclasses.asdict(artifact.config)
+        record["sparse"] = artifact.config.to_dict()
     artifact = dataclasses.replace(artifact, stages={**artifact.stages, name: record})
     for later in STAGES[STAGES.index(name) :]:
         (path / METRICS_DIR / f"{later}.jsonl").unlink(missing_ok=True)

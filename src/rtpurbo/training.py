@@ -106,7 +106,7 @@ def stage_inputs(artifact: Artifact, sources: list[str] | tuple[str, ...]) -> di
     indexer = artifact.indexer
     return {
         "base_model": artifact.base_model["fingerprint"],
-        "sparse": dataclasses.asdict(artifact.config),
+        "sparse": artifact.config.to_dict(),
         "heads": artifact.heads.to_dict(),
         "indexer": hashlib.sha256(save(indexer)).hexdigest() if indexer is not None else None,
         "sources": list(sources),

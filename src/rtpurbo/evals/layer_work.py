@@ -65,7 +65,7 @@ def decode_bytes(shape: LayerShape, batch: int, tokens: int, far_ratio: float, *
         units = set(shape.head_units[row * group : (row + 1) * group]) - {-1}
         read += (1 - (1 - far_ratio) ** len(units)) * (tokens - near)
     token = 2 * shape.head_dim * element_bytes
-    index = shape.units * tokens * shape.index_dim * element_bytes
+    index = shape.units * tokens * shape.index_dim * (1 if shape.index_dtype == "float8" else element_bytes)
     return float(batch * shape.kv_heads * tokens * token), batch * (read * token + index)
 
 

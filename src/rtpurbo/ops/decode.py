@@ -45,7 +45,7 @@ def decode_attention(
         full_k, full_v: [B, F, N, D], full KV heads.
         local_k, local_v: [B, Hkv - F, L, D], the last L slots of the others.
         sink_k, sink_v: [B, Hkv - F, s, D], the others at slots `sinks` [B or 1, s] (-1: none).
-        index_q, index_k: [B, U, d] and [B, U, N, d]; None: retrieval heads are dense.
+        index_q, index_k: [B, U, d] and [B, U, N, d], keys in float8 (e4m3) too; None: retrieval heads are dense.
         kv_rows: KV head of every row of full_k, then of local_k.
         head_units: index unit of every query head, -1 for local ones; without an index any number stands for retrieval.
         slots: N.

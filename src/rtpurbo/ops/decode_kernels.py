@@ -69,6 +69,17 @@ def _merged(
     return best, mass, counts
 
 
+@triton.jit
+def _index_values(b_ik):
+    """Index keys in float32: of any float dtype, or e4m3 codes as uint8, taken apart by integers. Those are float16 but for
+    their bias, subnormal numbers too, once sign and exponent are in their places."""
+    if b_ik.dtype == tl.uint8:
+        b_code = b_ik.to(tl.int16)
+        b_half = (((b_code & 0x80) << 8) | ((b_code & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return tl.where((b_code & 0x7F) == 0x7F, float("nan"), b_half.to(tl.float32) * 256.0)
+    return b_ik.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["slots", "splits"])
 def _score(
     p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_mass, p_arrived, p_least,
@@ -98,7 +109,7 @@ def _score(
         m_ik = m_k[:, None]
         if d < D:
             m_ik = m_ik & (o_d < d)[None, :]
-        b_ik = tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_ik, other=0.0).to(tl.float32)
+        b_ik = _index_values(tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_ik, other=0.0))
         scores = tl.sum(b_ik * b_iq[None, :], 1)
         bins = tl.minimum(tl.maximum(tl.floor(scores / STEP), LOWEST + 1.0), -(LOWEST + 1.0)).to(tl.int32)
         m_seen = m_k
@@ -390,6 +401,14 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@lru_cache(maxsize=64)
+def _reads_float8(device: torch.device) -> bool:
+    """Whether the GPU converts e4m3 itself (Ada and Hopper on). Others get the codes as bytes: exact too, and so the cache
+    is as small on Ampere, whose compiler refuses the type; but several integer operations a number, which a million tokens
+    would feel where memory is fast."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _width(slots: int) -> int:
     """Length of a row of grid scores or chosen slots: whole tiles of either kernel."""
     most = max(SCORE_TILE, FAR_TILE)
@@ -408,7 +427,7 @@ def thresholds(
     """Index scores of one query per sequence, in grid steps, and the least that is kept.
 
     Args:
-        index_q: [B, U, d]; index_k: [B, U, N, d], the last dimension contiguous.
+        index_q: [B, U, d]; index_k: [B, U, N, d], the last dimension contiguous; keys may be float8 (e4m3).
         real: [B, N] bool, False for padding; the last slot always counts.
         lengths: [B] int32 slots in use of each sequence; None for all.
 
@@ -417,6 +436,8 @@ def thresholds(
     """
     batch, units, slots, dim = index_k.shape
     device = index_q.device
+    if index_k.dtype == torch.float8_e4m3fn and not _reads_float8(device):
+        index_k = index_k.view(torch.uint8)
     span, splits = _cut(slots, SCORE_TILE, min(max(1, PROGRAMS // (batch * units)), PARTS**2))
     sets = -(-splits // PARTS)
     width = _width(slots)
