@@ -45,19 +45,21 @@ def test_artefact_keys():
 def test_sparse_config_fields_and_defaults():
     assert dataclasses.asdict(SparseConfig()) == {
         "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 1.0, "min_probability": 1e-4,
-        "index_dtype": "auto",
+        "index_dtype": "auto", "dense_below_tokens": 0,
     }  # fmt: skip
 
 
-def test_index_dtype_is_named_only_where_it_is_not_the_default():
-    """So that artefacts, checksums and records of stages from before it stay what they are."""
+def test_newer_settings_are_named_only_where_they_are_not_the_default():
+    """So that artefacts, checksums and records of stages from before them stay what they are."""
     plain, small = SparseConfig(), SparseConfig(index_dtype="float8")
-    assert plain.to_dict() == {key: value for key, value in dataclasses.asdict(plain).items() if key != "index_dtype"}
-    assert small.to_dict() == dataclasses.asdict(small)
+    newer = {"index_dtype", "dense_below_tokens"}
+    assert plain.to_dict() == {key: value for key, value in dataclasses.asdict(plain).items() if key not in newer}
+    assert small.to_dict() == {**plain.to_dict(), "index_dtype": "float8"}
+    assert SparseConfig(dense_below_tokens=9).to_dict() == {**plain.to_dict(), "dense_below_tokens": 9}
     for sparse in (plain, small):
         assert from_dict(SparseConfig, sparse.to_dict(), where="here") == sparse
-        assert sparse.with_index_dtype(None) == sparse
-        assert sparse.with_index_dtype("float8") == small
+        assert sparse.with_options(index_dtype=None) == sparse
+        assert sparse.with_options(index_dtype="float8") == small
     assert (plain.index_bytes(2), small.index_bytes(2)) == (32, 16)
 
 

@@ -197,6 +197,31 @@ def test_float8_index_keys_select_the_same_however_they_are_fed(family, granular
     check_modes(model, heads, config, indexer, want, ids, mask)
 
 
+def test_dense_below_a_length():
+    """One forward is dense below it and sparse from it on; in decode retrieval heads are dense until it is reached."""
+    model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
+    ids, _ = batch("even")
+    heads = head_map(model)
+    indexer = random_indexer(heads)
+    dense = logits(model, ids)
+
+    def run(length, rule=CONFIG, chunks=None):
+        with attached(model, heads, dataclasses.replace(rule, dense_below_tokens=length), indexer):
+            return logits(model, ids, None, chunks)
+
+    for chunks in (None, [LENGTH]):
+        assert_same(run(LENGTH + 1, chunks=chunks), dense)
+        assert_same(run(LENGTH, chunks=chunks), run(0))
+    everything = dataclasses.replace(CONFIG, top_p=1.0)
+    decode = [33, 1]
+    assert_same(run(LENGTH + 1, chunks=decode), run(34, everything, decode))
+    assert_same(run(40, chunks=decode)[:, :39], run(34, everything, decode)[:, :39])
+    sparse, selected = run(34, chunks=decode), run(40, chunks=decode)
+    assert_same(selected[:, :33], dense[:, :33])
+    assert (sparse - selected)[:, 33:39].abs().max() > 0.01  # the selection matters
+    assert_same(run(40, chunks=[45, 16])[:, :45], run(0, chunks=[45, 16])[:, :45])
+
+
 @pytest.mark.parametrize(
     "retrieval",
     [

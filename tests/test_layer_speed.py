@@ -17,6 +17,7 @@ from rtpurbo.evals.layer_speed import (
     layer_shape,
     median_seconds,
     mode_shapes,
+    pays_from,
     prefill_error,
     prefill_row,
     prefill_shapes,
@@ -308,3 +309,11 @@ def test_kernel_times_of_a_mode_are_the_mean_of_its_layers():
     assert row["shares"] == pytest.approx({"index": 0.7, "attention": 0.3, "other": 0.0})
     assert row["peak_bytes"] == 8
     assert row["repeats"] == {"sparse": 1}
+
+
+def test_where_sparse_attention_begins_to_pay():
+    def row(slots, speedup, mode="heads", batch=1):
+        return {"slots": slots, "mode": mode, "batch": batch} | ({} if speedup is None else {"speedup": speedup})
+
+    rows = [row(8, 1.2), row(32, 2.0), row(16, 0.9), row(64, None), row(8, 0.5, "groups"), row(16, 1.0, batch=8)]
+    assert pays_from(rows) == {"heads": 32, "groups": None, "heads, batch 8": 16}

@@ -252,6 +252,7 @@ def sparsify(
     *,
     top_p: float | None = None,
     index_dtype: IndexDtype | None = None,
+    dense_below_tokens: int | None = None,
 ) -> Iterator[Any]:
     """Borrow a model: sparse inside the `with` block, as it was after it.
 
@@ -260,6 +261,8 @@ def sparsify(
         artifact: an Artifact, a directory or a hub name.
         top_p: select by this p alone, in place of the artefact's rule.
         index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
+        dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
+            sparse attention begins to pay on a machine); default 0.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
@@ -275,7 +278,7 @@ def sparsify(
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
-    config = artifact.config.by_p(top_p).with_index_dtype(index_dtype)
+    config = artifact.config.by_p(top_p).with_options(index_dtype=index_dtype, dense_below_tokens=dense_below_tokens)
     lora = artifact.weights_kind == "lora"
     with (
         adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The sparse forward of an attention module, shared by all families: prefill, decode and training.
 
 Six steps: project; rotate; index; remember; attend (each head by its role); project back. Short sequences, at most
-window + sinks, take the dense path of Transformers' SDPA with identical results.
+window + sinks, take the dense path of Transformers' SDPA with identical results; `dense_below_tokens` extends it.
 
 Shapes: B batch, T new tokens, N slots so far, Hq query heads, Hkv KV heads, D head dimension.
 """
@@ -136,7 +136,9 @@ def sparse_forward(
         layer.append(k, v, index_k, attention_mask)
     length = layer.get_seq_length() if layer is not None else k.shape[2]
     real = None if attention_mask is None else attention_mask[:, :length]
+    below = length < state.config.dense_below_tokens
     short = length <= state.config.window_tokens + state.config.sink_tokens
+    short = short or (below and q.shape[2] > 1 and (layer is None or not layer.is_split))  # every key is still there
     if short or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         mask = _dense_mask(q.shape[2], length, real, q.device)
@@ -145,7 +147,7 @@ def sparse_forward(
         out = out.transpose(1, 2)
     else:
         view = layer.view(real) if layer is not None else split_heads(k, v, index_k, state.new_cache_layer(), real)
-        index_q = indexer.project_queries(q_pre).to(k.dtype) if selects else None  # type: ignore[union-attr]
+        index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
     if layer is not None:

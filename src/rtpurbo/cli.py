@@ -260,6 +260,8 @@ class Generate(OfArtifact):
     """Select by this p alone (the selection's, not sampling's), in (0, 1], in place of the artefact's rule."""
     index_dtype: IndexDtype | None = None
     """Keep index keys in the model's dtype (auto) or in float8, in place of the artefact's setting."""
+    dense_below_tokens: int | None = None
+    """While the sequence is shorter, prefill and retrieval heads are dense; where that pays, bench says."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -270,7 +272,8 @@ class Generate(OfArtifact):
 
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
-        for flag, value in (("--top-p-mass", self.top_p_mass), ("--index-dtype", self.index_dtype)):
+        options = {"--top-p-mass": self.top_p_mass, "--index-dtype": self.index_dtype}
+        for flag, value in (options | {"--dense-below-tokens": self.dense_below_tokens}).items():
             if self.dense and value is not None:
                 raise ValueError(f"{flag} is the sparse model's and has no effect with --dense; leave one of them out.")
         text = "" if self.prompt_file is None else _read_text(self.prompt_file)
@@ -285,6 +288,7 @@ class Generate(OfArtifact):
                 self.artifact,
                 top_p=self.top_p_mass,
                 index_dtype=self.index_dtype,
+                dense_below_tokens=self.dense_below_tokens,
                 base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,
@@ -538,6 +542,9 @@ class Bench(OfArtifact):
             "heads: each retrieval head selects for itself; groups: 15 % of the KV groups select, whole; paper: retrieval\n"
             "heads are dense in prefill. Rates count what is attended to; index share is the time of scores and selection."
         )
+        for what, lengths in result["pays_from"].items():
+            found = ", ".join(f"{mode}: {'not yet' if n is None else f'{n} tokens'}" for mode, n in lengths.items())
+            _out(f"Sparse {what} pays, of the measured lengths, from (see generate --dense-below-tokens): {found}")
         if self.plot:
             from .report import write_speed_plot
 

@@ -57,6 +57,9 @@ class SparseConfig:
     query selects more than 1 / min_probability far tokens. 0 for no such limit (the paper)."""
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
+    dense_below_tokens: int = 0
+    """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are (what local heads dropped stays
+    dropped). For machines on which sparse attention does not pay at short lengths, see `rtpurbo bench`."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -65,13 +68,15 @@ class SparseConfig:
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _require(0.0 <= self.min_probability < 1.0, "min_probability", "in [0, 1)", self.min_probability)
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
+        _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """As an artefact holds it. An index_dtype of "auto" is left out, as if it had never been named: so it is in
-        artefacts, checksums and records of stages that are older than this setting."""
+        """As an artefact holds it. Defaults of index_dtype and dense_below_tokens are left out, as if they had never been
+        named: so it is in artefacts, checksums and records of stages that are older than these settings."""
         values = dataclasses.asdict(self)
-        if self.index_dtype == "auto":
-            del values["index_dtype"]
+        for name, default in (("index_dtype", "auto"), ("dense_below_tokens", 0)):
+            if values[name] == default:
+                del values[name]
         return values
 
     @property
@@ -83,9 +88,9 @@ class SparseConfig:
         """The same with this p as its whole rule; unchanged for None."""
         return self if top_p is None else dataclasses.replace(self, top_p=top_p, min_probability=0.0)
 
-    def with_index_dtype(self, index_dtype: IndexDtype | None) -> SparseConfig:
-        """The same with index keys kept so; unchanged for None."""
-        return self if index_dtype is None else dataclasses.replace(self, index_dtype=index_dtype)
+    def with_options(self, **given: Any) -> SparseConfig:
+        """The same with these settings; None leaves one as it is."""
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def index_bytes(self, element_bytes: int) -> int:
         """Bytes of one index key in the cache of a model whose numbers take `element_bytes`."""

@@ -18,6 +18,7 @@ def load(
     *,
     top_p: float | None = None,
     index_dtype: IndexDtype | None = None,
+    dense_below_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     base_model: str | None = None,
@@ -29,6 +30,8 @@ def load(
         artifact: an Artifact, a directory or a hub name.
         top_p: select by this p alone, in (0, 1], in place of the artefact's rule.
         index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
+        dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
+            sparse attention begins to pay on a machine); default 0.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
@@ -43,7 +46,7 @@ def load(
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
-    config = artifact.config.by_p(top_p).with_index_dtype(index_dtype)
+    config = artifact.config.by_p(top_p).with_options(index_dtype=index_dtype, dense_below_tokens=dense_below_tokens)
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":

@@ -560,7 +560,20 @@ def bench_layer(
         "shape": dataclasses.asdict(shape),
         "rows": rows,
         "prefill_rows": prefill_rows,
+        "pays_from": {"decode": pays_from(rows), "prefill": pays_from(prefill_rows)},
     }
+
+
+def pays_from(rows: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Per mode (and batch, where above 1) the shortest measured length from which on sparse attention is at least as fast as
+    dense; None where it is not even at the longest."""
+    found: dict[str, int | None] = {}
+    for row in sorted(rows, key=lambda row: row["slots"]):
+        if "speedup" in row:
+            name = row["mode"] + (f", batch {row['batch']}" if row["batch"] > 1 else "")
+            before = found.get(name)
+            found[name] = None if row["speedup"] < 1.0 else row["slots"] if before is None else before
+    return found
 
 
 def _mixed(parts: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
