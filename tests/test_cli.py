@@ -284,7 +284,12 @@ def test_prompts_that_cannot_be_used(tmp_path, converted):
         assert "temperature must be 0 (greedy) or above" in fails(
             "generate", converted, "--prompt", "a city", "--temperature", bad
         )
-    for flag, value in (("--top-p-mass", "0.5"), ("--index-dtype", "float8"), ("--dense-below-tokens", "9")):
+    for flag, value in (
+        ("--top-p-mass", "0.5"),
+        ("--index-dtype", "float8"),
+        ("--dense-below-tokens", "9"),
+        ("--tile-probability", "0.01"),
+    ):
         assert f"{flag} is the sparse model's and has no effect with --dense" in fails(
             "generate", converted, "--prompt", "a city", "--dense", flag, value
         )

@@ -45,14 +45,14 @@ def test_artefact_keys():
 def test_sparse_config_fields_and_defaults():
     assert dataclasses.asdict(SparseConfig()) == {
         "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 1.0, "min_probability": 1e-4,
-        "index_dtype": "auto", "dense_below_tokens": 0,
+        "tile_probability": 0.0, "index_dtype": "auto", "dense_below_tokens": 0,
     }  # fmt: skip
 
 
 def test_newer_settings_are_named_only_where_they_are_not_the_default():
     """So that artefacts, checksums and records of stages from before them stay what they are."""
     plain, small = SparseConfig(), SparseConfig(index_dtype="float8")
-    newer = {"index_dtype", "dense_below_tokens"}
+    newer = {"tile_probability", "index_dtype", "dense_below_tokens"}
     assert plain.to_dict() == {key: value for key, value in dataclasses.asdict(plain).items() if key not in newer}
     assert small.to_dict() == {**plain.to_dict(), "index_dtype": "float8"}
     assert SparseConfig(dense_below_tokens=9).to_dict() == {**plain.to_dict(), "dense_below_tokens": 9}

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from decoding import LAYERS, attended, run_decode, split_roles
 from rtpurbo import ops
-from rtpurbo.ops import decode_kernels, gather_kernels, kernels
-from rtpurbo.ops.reference import gather_slots, sink_slots, visible_scores, visible_slots
+from rtpurbo.ops import decode_kernels, gather_kernels, kernels, reference
+from rtpurbo.ops.reference import gather_slots, read_by_tile, sink_slots, tile_positions, visible_scores, visible_slots
 from rtpurbo.ops.select import GRID_STEPS, STEP_NATS, top_p_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,13 +141,14 @@ def far_tiles(request, monkeypatch):
     if request.param == "small tiles":
         for name, value in {
             "KEY_TILE": 16,
-            "ROWS": 16,
             "PROGRAMS": 3,
             "FAR_TOKENS": 64,
             "BIT_TOKENS": 32,
             "BIT_POSITIONS": 16,
         }.items():
             monkeypatch.setattr(gather_kernels, name, value)
+        monkeypatch.setattr(reference, "KEY_TILE", 16)
+        monkeypatch.setattr(reference, "ROWS", 16)
         monkeypatch.setattr(gather_kernels, "WORKSPACE_WORDS", 1)
 
 
@@ -168,6 +169,27 @@ def test_retrieval(slots, queries, unit_size, window, sink_tokens, top_p, paddin
     got = kernels.retrieval_attention(
         q, k, v, index_q, index_k, heads_per_unit=unit_size, sinks=sinks, window_tokens=window, top_p=top_p,
         scaling=SCALING, real=real,
+    )  # fmt: skip
+    close(got, (q, k, v), lambda q, k, v: plain(q, k, v, keep, SCALING))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries", "unit_size", "window"), [(33, 33, 2, 3), (150, 70, 3, 5), (200, 200, 1, 30)])
+def test_retrieval_by_tile(slots, queries, unit_size, window, padding, far_tiles):
+    """All positions of a tile attend to what one of them selects, and to all from their first one's window on."""
+    q, _, _, index_q, index_k = make_inputs(2, 2 * unit_size, slots, queries, units=2)
+    k, v = (x.repeat_interleave(unit_size, 1) for x in make_inputs(2, 2, slots, queries)[1:3])
+    real = make_real(padding, 2, slots)
+    k_slots = torch.arange(slots, device=DEVICE)
+    q_slots, sinks = k_slots[slots - queries :], sink_slots(real, 2, device=DEVICE)
+    visible = visible_slots(q_slots, k_slots, real)
+    least = own_thresholds(index_q, index_k, real, 1.0, 0.05)
+    chosen = visible_scores(index_q, index_k, visible) >= least[..., None]
+    read = read_by_tile(chosen, q_slots, k_slots, window, tile_positions(unit_size, DIM))
+    keep = ((read | ops.reference.near_slots(q_slots, k_slots, sinks, window)) & visible).repeat_interleave(unit_size, 1)
+    got = kernels.retrieval_attention(
+        q, k, v, index_q, index_k, heads_per_unit=unit_size, sinks=sinks, window_tokens=window, top_p=1.0,
+        min_probability=0.2, tile_probability=0.05, scaling=SCALING, real=real,
     )  # fmt: skip
     close(got, (q, k, v), lambda q, k, v: plain(q, k, v, keep, SCALING))
 
@@ -245,7 +267,7 @@ def test_chunks_give_the_same_bits():
     for cuts in ([0, 64, 150], [0, 47, 100, 150]):
         parts = torch.cat([run(a, b) for a, b in pairwise(cuts)], 3)
         assert torch.equal(parts[1], whole[1])
-        if all(cut % gather_kernels.positions(2) == 0 for cut in cuts[:-1]):
+        if all(cut % tile_positions(2) == 0 for cut in cuts[:-1]):
             assert torch.equal(parts[0], whole[0])
         else:  # a tile of positions that is cut gathers two unions
             torch.testing.assert_close(parts[0], whole[0])
@@ -478,7 +500,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rtpurbo.ops import decode_kernels, gather_kernels, kernels
+from rtpurbo.ops import decode_kernels, gather_kernels, kernels, reference
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
             "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32",
@@ -510,9 +532,10 @@ tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1
 sizes = []
 for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the largest GPUs of each kind have this much
     for heads, dim in ((8, 128), (1, 128), (2, 256)):
-        P = gather_kernels.positions(heads, dim)
+        P = reference.tile_positions(heads, dim)
         stages = gather_kernels.stages(dim, heads * P, (capability // 10, capability % 10), shared)
         how = {"module": gather_kernels, "warps": 8, "stages": stages, "fits": shared, "PADDED": False, "ONE_ROW": True}
+        how |= {"TILE": heads == 8}
         how |= {"T": gather_kernels.KEY_TILE, "FAR": gather_kernels.FAR_TOKENS}
         sizes.append(compiled("_gather", capability, S=heads, SP=heads, P=P, D=dim, d=16, **how))
     for dim in (64, 128, 256):
@@ -530,8 +553,9 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     for search in (True, False):
         sizes.append(compiled("_thresholds", capability, PADDED=True, **tile | {"SEARCH": search}))
     gather = {"module": gather_kernels, "T": gather_kernels.KEY_TILE, "d": 16, "PADDED": True, "ONE_ROW": False}
+    gather["TILE"] = False
     for heads, rows, dim in ((8, 8, 128), (3, 4, 64), (1, 1, 128)):
-        gather |= {"P": gather_kernels.positions(heads), "FAR": gather_kernels.FAR_TOKENS}
+        gather |= {"P": reference.tile_positions(heads), "FAR": gather_kernels.FAR_TOKENS}
         sizes.append(compiled("_gather", capability, S=heads, SP=rows, D=dim, **gather))
         bits = {"Q": gather_kernels.BIT_POSITIONS, "N": gather_kernels.BIT_TOKENS}
         sizes.append(compiled("_far_bits", capability, **gather | bits))

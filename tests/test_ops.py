@@ -7,7 +7,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from decoding import LAYERS, run_decode
 from rtpurbo import ops
 from rtpurbo.ops import prefill
-from rtpurbo.ops.reference import gather_slots, keep_mask, near_slots, sink_slots, visible_slots
+from rtpurbo.ops.reference import gather_slots, keep_mask, near_slots, read_by_tile, sink_slots, visible_slots
 
 DIM, INDEX_DIM, SCALING = 8, 4, 0.5
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
@@ -104,6 +104,34 @@ def test_retrieval_attention(slots, queries, padding, unit_size, pieces):
         settings = {"window": window, "sink_tokens": sink_tokens, "top_p": top_p, "real": real, "unit_size": unit_size}
         got = run_retrieval(q, k, v, index_q, index_k, **settings)
         torch.testing.assert_close(got, reference(q, k, v, index_q, index_k, retrieval=heads, **settings), **TOLERANCE)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), [(129, 129), (300, 217)])
+def test_retrieval_by_tile(slots, queries, padding, pieces):
+    """Tiles of 64 positions (two heads to a unit) read together, however the work is cut."""
+    q, k, v, index_q, index_k = make_inputs(2, 4, 4, slots, queries, 2)
+    real = make_real(padding, 2, slots)
+    settings = {"window_tokens": 9, "top_p": 1.0, "min_probability": 0.3, "real": real, "scaling": SCALING}
+    sinks = sink_slots(real, 2)
+    for least in (0.0, 0.05, 0.3):
+        got = ops.retrieval_attention(
+            q, k, v, index_q, index_k, heads_per_unit=2, sinks=sinks, tile_probability=least, **settings
+        )
+        want = ops.sparse_attention(
+            q, k, v, index_q, index_k, retrieval_heads=(0, 1, 2, 3), heads_per_unit=2, sink_tokens=2, tile_probability=least,
+            **settings,
+        )  # fmt: skip
+        torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+def test_what_a_tile_reads_by_hand():
+    chosen = torch.zeros(1, 1, 20, 100, dtype=torch.bool)
+    chosen[0, 0, 0, 3] = chosen[0, 0, 9, 5] = True  # queries at slots 80 and 89, of the tiles from 64 and from 80 on
+    read = read_by_tile(chosen, torch.arange(80, 100), torch.arange(100), 10, 16)
+    far = [row.nonzero()[:, 0].tolist() for row in read[0, 0, :, :64]]
+    assert far == [[3, 5]] * 16 + [[]] * 4
+    assert read[0, 0, :, 64:].all()  # the windows begin in the key tile from 64 on
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -253,6 +253,7 @@ def sparsify(
     top_p: float | None = None,
     index_dtype: IndexDtype | None = None,
     dense_below_tokens: int | None = None,
+    tile_probability: float | None = None,
 ) -> Iterator[Any]:
     """Borrow a model: sparse inside the `with` block, as it was after it.
 
@@ -263,6 +264,7 @@ def sparsify(
         index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default 0.
+        tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
@@ -278,7 +280,9 @@ def sparsify(
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
-    config = artifact.config.by_p(top_p).with_options(index_dtype=index_dtype, dense_below_tokens=dense_below_tokens)
+    config = artifact.config.by_p(top_p).with_options(
+        index_dtype=index_dtype, dense_below_tokens=dense_below_tokens, tile_probability=tile_probability
+    )
     lora = artifact.weights_kind == "lora"
     with (
         adapted(model, artifact.weights_path) if lora else nullcontext(model) as sparse,  # type: ignore[arg-type]

@@ -182,6 +182,7 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
         window_tokens=state.config.window_tokens,
         top_p=state.config.top_p,
         min_probability=state.config.min_probability,
+        tile_probability=state.config.tile_probability,
         scaling=scaling,
         real=real,
     )

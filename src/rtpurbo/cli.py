@@ -262,6 +262,8 @@ class Generate(OfArtifact):
     """Keep index keys in the model's dtype (auto) or in float8, in place of the artefact's setting."""
     dense_below_tokens: int | None = None
     """While the sequence is shorter, prefill and retrieval heads are dense; where that pays, bench says."""
+    tile_probability: float | None = None
+    """Above 0, tiles of positions read a long prompt's far tokens together: those with this much for one of them."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -272,8 +274,13 @@ class Generate(OfArtifact):
 
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
-        options = {"--top-p-mass": self.top_p_mass, "--index-dtype": self.index_dtype}
-        for flag, value in (options | {"--dense-below-tokens": self.dense_below_tokens}).items():
+        options = {
+            "--top-p-mass": self.top_p_mass,
+            "--index-dtype": self.index_dtype,
+            "--dense-below-tokens": self.dense_below_tokens,
+            "--tile-probability": self.tile_probability,
+        }
+        for flag, value in options.items():
             if self.dense and value is not None:
                 raise ValueError(f"{flag} is the sparse model's and has no effect with --dense; leave one of them out.")
         text = "" if self.prompt_file is None else _read_text(self.prompt_file)
@@ -289,6 +296,7 @@ class Generate(OfArtifact):
                 top_p=self.top_p_mass,
                 index_dtype=self.index_dtype,
                 dense_below_tokens=self.dense_below_tokens,
+                tile_probability=self.tile_probability,
                 base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,
@@ -450,6 +458,8 @@ class Bench(OfArtifact):
     """Lengths of the layer's prefill; default: 32768 131072 (on a CPU 4096)."""
     prefill_far_ratio: float = 0.07
     """Share of far tokens that a tile of positions reads for the layer's retrieval heads in prefill."""
+    tile_probability: float = 0.0
+    """Above 0, all positions of a tile attend to all that it reads (see the setting of convert)."""
     index_dtype: IndexDtype = "auto"
     """What the layer's decode keeps index keys in: the dtype of keys and values (auto), or float8."""
     plot: Path | None = None
@@ -521,6 +531,7 @@ class Bench(OfArtifact):
             window_tokens=self.window_tokens,
             far_ratio=self.far_ratio,
             index_dtype=self.index_dtype,
+            tile_probability=self.tile_probability,
         )
         gpu = device.type == "cuda"
         if not gpu:

@@ -55,6 +55,10 @@ class SparseConfig:
     min_probability: float = 1e-4
     """Tokens to which the index gives less of its mass than this are not selected, whatever p asks for, in [0, 1); so no
     query selects more than 1 / min_probability far tokens. 0 for no such limit (the paper)."""
+    tile_probability: float = 0.0
+    """Above 0, a tile of neighbouring positions (16 for a group of 8 heads) attends in prefill to all tokens to which the
+    index gives this much for one of them: faster, no longer token by token what decode selects. 0: by min_probability,
+    each position for itself."""
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
     dense_below_tokens: int = 0
@@ -67,14 +71,15 @@ class SparseConfig:
         _require(self.index_dim >= 1, "index_dim", "at least 1", self.index_dim)
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _require(0.0 <= self.min_probability < 1.0, "min_probability", "in [0, 1)", self.min_probability)
+        _require(0.0 <= self.tile_probability < 1.0, "tile_probability", "in [0, 1)", self.tile_probability)
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
         _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """As an artefact holds it. Defaults of index_dtype and dense_below_tokens are left out, as if they had never been
-        named: so it is in artefacts, checksums and records of stages that are older than these settings."""
+        """As an artefact holds it. Defaults of newer settings are left out, as if they had never been named: so it is in
+        artefacts, checksums and records of stages that are older than they are."""
         values = dataclasses.asdict(self)
-        for name, default in (("index_dtype", "auto"), ("dense_below_tokens", 0)):
+        for name, default in (("tile_probability", 0.0), ("index_dtype", "auto"), ("dense_below_tokens", 0)):
             if values[name] == default:
                 del values[name]
         return values

@@ -19,6 +19,7 @@ def load(
     top_p: float | None = None,
     index_dtype: IndexDtype | None = None,
     dense_below_tokens: int | None = None,
+    tile_probability: float | None = None,
     dtype: str = "auto",
     device: str = "auto",
     base_model: str | None = None,
@@ -32,6 +33,7 @@ def load(
         index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default 0.
+        tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
@@ -46,7 +48,9 @@ def load(
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
-    config = artifact.config.by_p(top_p).with_options(index_dtype=index_dtype, dense_below_tokens=dense_below_tokens)
+    config = artifact.config.by_p(top_p).with_options(
+        index_dtype=index_dtype, dense_below_tokens=dense_below_tokens, tile_probability=tile_probability
+    )
     source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if artifact.weights_kind == "full":

@@ -65,6 +65,9 @@ class SparseOptions:
     min_probability: float = 1e-4
     """Tokens with less of the index mass than this are never selected, in [0, 1) (the paper: 0); index training may choose
     it (mass-target)."""
+    tile_probability: float = 0.0
+    """Above 0, a tile of neighbouring positions attends in prefill to all tokens to which the index gives this much for one
+    of them: faster, no longer token by token what decode selects."""
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
 
@@ -80,6 +83,7 @@ class SparseOptions:
             index_dim=self.index_dim,
             top_p=self.top_p,
             min_probability=self.min_probability,
+            tile_probability=self.tile_probability,
             index_dtype=self.index_dtype,
         )
 

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import ops
 from ..config import IndexDtype
 from ..indexer import stored_keys
-from ..ops.reference import gather_slots, sink_slots
+from ..ops.reference import gather_slots, sink_slots, tile_positions, tile_window
 from .layer_work import decode_bytes, observe, prefill_flops, shares
 
 COLD_BYTES = 200 * 2**20
@@ -66,6 +66,7 @@ class LayerShape:
     min_probability: float = 1e-4
     far_ratio: float = 0.03
     """Share of far tokens that each unit selects."""
+    tile_probability: float = 0.0
     index_dtype: IndexDtype = "auto"
     """What decode's index keys are kept in: the dtype of keys and values, or float8."""
 
@@ -101,6 +102,7 @@ def layer_shape(
     far_ratio: float,
     sink_tokens: int = 4,
     index_dtype: IndexDtype = "auto",
+    tile_probability: float = 0.0,
 ) -> LayerShape:
     """The layer that "query heads/KV heads/head dimension" describes.
 
@@ -129,9 +131,11 @@ def layer_shape(
         raise ValueError(f"far_ratio must be in [0, 1], got {far_ratio}.")
     if index_dtype not in ("auto", "float8"):
         raise ValueError(f"index_dtype must be 'auto' or 'float8', got {index_dtype!r}.")
+    if not 0.0 <= tile_probability < 1.0:
+        raise ValueError(f"tile_probability must be in [0, 1), got {tile_probability}.")
     return LayerShape(
         query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, retrieval=heads, window_tokens=window_tokens,
-        sink_tokens=sink_tokens, far_ratio=far_ratio, index_dtype=index_dtype,
+        sink_tokens=sink_tokens, far_ratio=far_ratio, index_dtype=index_dtype, tile_probability=tile_probability,
     )  # fmt: skip
 
 
@@ -203,7 +207,7 @@ def prefill_step(shape: LayerShape, slots: int, *, device: torch.device, dtype: 
         return ops.prefill_attention(
             q, full_k, full_v, local_k, local_v, sink_k, sink_v, index_q, index_k, kv_rows=shape.kv_rows,
             head_units=shape.head_units, first_slot=0, sinks=sinks, window_tokens=shape.window_tokens, top_p=shape.top_p,
-            min_probability=shape.min_probability, scaling=shape.head_dim**-0.5,
+            min_probability=shape.min_probability, tile_probability=shape.tile_probability, scaling=shape.head_dim**-0.5,
         )  # fmt: skip
 
     return step, (q, k, v), chosen
@@ -218,6 +222,10 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
     age = at[:, None] - torch.arange(slots, device=q.device)
     near = (age < shape.window_tokens) | (torch.arange(slots, device=q.device) < shape.sink_tokens)
     units = torch.tensor(shape.head_units, device=q.device)
+    whole = torch.zeros_like(near)  # what a tile reads before the window of its later positions
+    if shape.tile_probability:
+        first = tile_window(at, shape.window_tokens, tile_positions(shape.unit_size, shape.head_dim))
+        whole = torch.arange(slots, device=q.device) >= first[:, None]
 
     def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         weights = (q.flatten(0, 1) @ k.mT).float() * shape.head_dim**-0.5
@@ -230,7 +238,8 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
         heads = slice(row * group, (row + 1) * group)
         mask = near.expand(group, -1, -1)
         if shape.units:
-            mask = mask | (chosen[units[heads].clamp(min=0)] & (units[heads] >= 0)[:, None])[:, None]
+            read = chosen[units[heads].clamp(min=0)][:, None] | whole
+            mask = mask | (read & (units[heads] >= 0)[:, None, None])
         mask = mask & (age >= 0)  # [G, positions, N]
         true.append(plain(few[heads].float(), k[0, row].float(), v[0, row].float(), mask))
         rounded.append(plain(few[heads], k[0, row], v[0, row], mask))

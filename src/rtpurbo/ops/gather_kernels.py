@@ -6,7 +6,7 @@
    tile's first position on, are read in order.
 
 Blocks of keys would cost ten times the tokens (docs/log.md); few positions a tile keep the union small, and the heads of a
-unit fill the rows of a tile product. Tiles lie at absolute positions: cut at multiples of `positions(...)`, a prompt
+unit fill the rows of a tile product. Tiles lie at absolute positions: cut at multiples of `tile_positions(...)`, a prompt
 gives the same bits as in one piece. A tile that is cut in two gathers two smaller unions: the same attention in another
 order of summation.
 
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import LEAST_DOT, LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, gpu
-from .reference import numbers
+from .kernels import LOG2E, _add_tile, _add_whole_tile, _on, _whole_tiles, gpu
+from .reference import KEY_TILE, numbers, tile_positions
 
 BIT_POSITIONS = 128
 """Positions whose scores a program of `_far_bits` compares with their thresholds at once."""
@@ -29,20 +29,10 @@ BIT_TOKENS = 64
 """Tokens that it compares them for."""
 FAR_TOKENS = 8192
 """Tokens whose bits a program of `_gather` makes a list of at once."""
-KEY_TILE = 64
-"""Tokens of one tile product."""
-ROWS = 128
-"""Queries of one tile product, positions times heads, unless 16 positions make more; half of it for heads beyond 128."""
 WORKSPACE_WORDS = 1 << 28
 """Words of 32 bits that the bits of one launch may take: a GiB."""
 PROGRAMS = 528
 """Programs that go through all tiles, the longest first: four for each of an H100's 132 multiprocessors."""
-
-
-def positions(heads_per_unit: int, head_dim: int = 128) -> int:
-    """Positions of one tile: at least 16, which a tile product of index scores takes."""
-    rows = ROWS if head_dim <= 128 else ROWS // 2
-    return max(LEAST_DOT, rows // triton.next_power_of_2(heads_per_unit))
 
 
 def stages(head_dim: int, rows: int, capability: tuple[int, int], shared_bytes: int) -> int:
@@ -97,18 +87,21 @@ def _own_tokens(b_iq, b_ik, b_least, SP: tl.constexpr, P: tl.constexpr, T: tl.co
 def _near_tile(
     p_keys, p_values, p_index, p_is_real, p_is_sink, start, slots, o_q, b_iq, b_least, window,
     D: tl.constexpr, d: tl.constexpr, SP: tl.constexpr, P: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of the T slots from `start` on, of which the oldest queries' windows may begin or end inside, and
     which queries attend to them: [T, D], [T, D], [SP * P, T]."""
     o_k, o_d, o_i = (start + tl.arange(0, T)).to(tl.int64), tl.arange(0, D), tl.arange(0, d)
     m_k = o_k < slots
-    b_ik = tl.load(p_index + o_k[:, None] * d + o_i, mask=m_k[:, None], other=0.0)
     b_k = tl.load(p_keys + o_k[:, None] * D + o_d, mask=m_k[:, None], other=0.0)
     b_v = tl.load(p_values + o_k[:, None] * D + o_d, mask=m_k[:, None], other=0.0)
-    b_sink = tl.load(p_is_sink + o_k, mask=m_k, other=0)
     age = o_q[:, None] - o_k[None, :]
-    m_tile = _own_tokens(b_iq, b_ik, b_least, SP, P, T) | (age < window) | (b_sink > 0)[None, :]
-    m_tile = m_tile & (age >= 0) & m_k[None, :]
+    m_tile = (age >= 0) & m_k[None, :]
+    if not TILE:
+        b_ik = tl.load(p_index + o_k[:, None] * d + o_i, mask=m_k[:, None], other=0.0)
+        b_sink = tl.load(p_is_sink + o_k, mask=m_k, other=0)
+        own = _own_tokens(b_iq, b_ik, b_least, SP, P, T) | (age < window) | (b_sink > 0)[None, :]
+        m_tile = m_tile & own
     if PADDED:
         b_real = tl.load(p_is_real + o_k, mask=m_k, other=0)
         m_tile = m_tile & ((b_real > 0)[None, :] | (age == 0))
@@ -120,7 +113,7 @@ def _gather(
     p_q, p_k, p_v, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_bits, p_list, p_out,
     queries, slots, first, units, words, tiles, rows, window, scale, q_heads, kv_heads,
     D: tl.constexpr, d: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, P: tl.constexpr, FAR: tl.constexpr,
-    T: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr,
+    T: tl.constexpr, PADDED: tl.constexpr, ONE_ROW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one program, from slot `first` on; unit rows (batch and unit) are the inner part of a tile's number."""
     o_p, o_d, o_i, o_r, o_t = tl.arange(0, P), tl.arange(0, D), tl.arange(0, d), tl.arange(0, SP * P), tl.arange(0, T)
@@ -157,23 +150,32 @@ def _gather(
             count = tl.sum(chosen, 0)
             tl.store(p_mine + tl.cumsum(chosen, 0) - 1, o_c, mask=chosen > 0)
             tl.debug_barrier()
-            for at in range(0, count, T):
+            masked_from = 0
+            if TILE:
+                masked_from = count // T * T
+                for at in range(0, masked_from, T):
+                    o_k = tl.load(p_mine + at + o_t).to(tl.int64)
+                    b_k, b_v = tl.load(p_keys + o_k[:, None] * D + o_d), tl.load(p_values + o_k[:, None] * D + o_d)
+                    peak, total, acc = _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale)
+            for at in range(masked_from, count, T):
                 m_k = at + o_t < count
                 o_k = tl.load(p_mine + at + o_t, mask=m_k, other=0).to(tl.int64)
-                b_ik = tl.load(p_index + o_k[:, None] * d + o_i, mask=m_k[:, None], other=0.0)
                 b_k = tl.load(p_keys + o_k[:, None] * D + o_d, mask=m_k[:, None], other=0.0)
                 b_v = tl.load(p_values + o_k[:, None] * D + o_d, mask=m_k[:, None], other=0.0)
-                b_sink = tl.load(p_is_sink + o_k, mask=m_k, other=0)
-                m_tile = (_own_tokens(b_iq, b_ik, b_least, SP, P, T) | (b_sink > 0)[None, :]) & m_k[None, :]
+                m_tile = tl.broadcast_to(m_k[None, :], [SP * P, T])
+                if not TILE:
+                    b_ik = tl.load(p_index + o_k[:, None] * d + o_i, mask=m_k[:, None], other=0.0)
+                    b_sink = tl.load(p_is_sink + o_k, mask=m_k, other=0)
+                    m_tile = m_tile & (_own_tokens(b_iq, b_ik, b_least, SP, P, T) | (b_sink > 0)[None, :])
                 peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
             tl.debug_barrier()  # the list is written again
         whole_from, whole_to = stop, stop  # tiles in between lie in every position's window
         if not PADDED:
-            whole_from, whole_to = _whole_tiles(begin, edge, stop, window, P, T, True)
+            whole_from, whole_to = _whole_tiles(begin, edge, stop, window, P, T, not TILE)
         for start in range(edge, whole_from, T):
             b_k, b_v, m_tile = _near_tile(
                 p_keys, p_values, p_index, p_is_real, p_is_sink, start, slots, o_q, b_iq, b_least, window,
-                D, d, SP, P, T, PADDED,
+                D, d, SP, P, T, PADDED, TILE,
             )  # fmt: skip
             peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
         if not PADDED:
@@ -184,7 +186,7 @@ def _gather(
             for start in range(whole_to, stop, T):
                 b_k, b_v, m_tile = _near_tile(
                     p_keys, p_values, p_index, p_is_real, p_is_sink, start, slots, o_q, b_iq, b_least, window,
-                    D, d, SP, P, T, PADDED,
+                    D, d, SP, P, T, PADDED, TILE,
                 )  # fmt: skip
                 peak, total, acc = _add_tile(b_q, b_k, b_v, m_tile, peak, total, acc, scale)
         acc = acc / tl.where(m_q, total, 1.0)[:, None]
@@ -205,6 +207,7 @@ def retrieval_prefill(
     window_tokens: int,
     scaling: float,
     real: Tensor | None,
+    by_tile: bool = False,
 ) -> Tensor:
     """`prefill.retrieval_attention` by an index, without gradients.
 
@@ -214,6 +217,7 @@ def retrieval_prefill(
         out: like q, contiguous, to write these heads into; None: a new tensor.
         index: queries [B, U, T, d] and keys [B, U, N, d], d at least 16 and a power of two, and thresholds [B, U, T].
         is_sink, real: [B or 1, N] and [B, N] uint8.
+        by_tile: all positions of a tile attend to all that it reads (`reference.read_by_tile`).
 
     Returns:
         `out`
@@ -222,7 +226,7 @@ def retrieval_prefill(
     slots = k.shape[2]
     index_q, index_k, least = index
     units = len(heads) // heads_per_unit
-    many = positions(heads_per_unit, dim)
+    many = tile_positions(heads_per_unit, dim)
     padded = triton.next_power_of_2(heads_per_unit)
     pipeline = 3 if not q.is_cuda else stages(dim, padded * many, *gpu(q.device))
     flags = {"d": index_q.shape[-1], "P": many, "T": KEY_TILE, "PADDED": real is not None, "ONE_ROW": is_sink.shape[0] == 1}
@@ -249,6 +253,6 @@ def retrieval_prefill(
                 q, k, v, index_q, index_k, least, *masks, *maps, bits, scratch, out,
                 queries, slots, first, units, words, tiles, batch * units, window_tokens, scaling * LOG2E, q.shape[1],
                 k.shape[1],
-                D=dim, S=heads_per_unit, SP=padded, FAR=FAR_TOKENS, **flags, num_warps=8, num_stages=pipeline,
+                D=dim, S=heads_per_unit, SP=padded, FAR=FAR_TOKENS, TILE=by_tile, **flags, num_warps=8, num_stages=pipeline,
             )  # fmt: skip
     return out

@@ -603,13 +603,15 @@ def retrieval_attention(
     scaling: float,
     real: Tensor | None = None,
     min_probability: float = 0.0,
+    tile_probability: float = 0.0,
     place: Place | None = None,
 ) -> Tensor:
     """`prefill.retrieval_attention`, same arguments and meaning; with a `place`, no gradients."""
     index = None
     if index_q is not None and index_k is not None and leaves_out(top_p, min_probability):
         index_q, index_k = _padded_index(index_q), _padded_index(index_k)
-        index = (index_q, index_k, top_p_thresholds(index_q, index_k, real, top_p, min_probability))
+        least = top_p_thresholds(index_q, index_k, real, top_p, tile_probability or min_probability)
+        index = (index_q, index_k, least)
     call = _Call(
         q, length=k.shape[2], first_slot=0, window_tokens=window_tokens, scaling=scaling, real=real, sinks=sinks,
         index=index, heads_per_unit=heads_per_unit, heads=place.heads if place else None,
@@ -621,7 +623,7 @@ def retrieval_attention(
         return retrieval_prefill(
             q, k, v, index, heads=call.heads, rows=call.rows, out=place.out if place else None,
             heads_per_unit=heads_per_unit, is_sink=call.is_sink, window_tokens=window_tokens, scaling=scaling,
-            real=call.real,
+            real=call.real, by_tile=tile_probability > 0,
         )  # fmt: skip
     return _attend(q, k, v, None, None, call, place)
 

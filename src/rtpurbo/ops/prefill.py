@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .reference import gather_slots, keep_mask, near_slots, needs_gradient, pick_heads, visible_scores, visible_slots
+from .reference import (
+    gather_slots,
+    keep_mask,
+    near_slots,
+    needs_gradient,
+    pick_heads,
+    read_by_tile,
+    tile_positions,
+    visible_scores,
+    visible_slots,
+)
 from .select import leaves_out, top_p_threshold
 
 
@@ -81,6 +91,7 @@ def prefill_attention(
     scaling: float,
     real: Tensor | None = None,
     min_probability: float = 0.0,
+    tile_probability: float = 0.0,
 ) -> Tensor:
     """Attention of a layer for many queries, every head by its role (paper, sections 3.1 and 3.2).
 
@@ -93,6 +104,8 @@ def prefill_attention(
         kv_rows: KV head of every row of full_k, then of local_k.
         head_units: index unit of every query head, -1 for local ones.
         real: [B, N] bool, False for padding; None when nothing is padded.
+        tile_probability: above 0, tiles of positions read together (`reference.read_by_tile`) what the index gives one of
+            them this much, in place of min_probability; not where anything is trained.
 
     Returns:
         [B, Hq, T, D]
@@ -123,6 +136,7 @@ def prefill_attention(
     parts = []
     if retrieval:
         rule = {"top_p": top_p, "min_probability": min_probability, "heads_per_unit": len(retrieval) // units}
+        rule["tile_probability"] = 0.0 if trained else tile_probability
         rows = [row[head] for head in retrieval]
         parts.append(attend(retrieval_attention, retrieval, rows, (full_k, full_v), index_q, index_k, **rule))
     if on_local:
@@ -154,14 +168,16 @@ def retrieval_attention(
     scaling: float,
     real: Tensor | None = None,
     min_probability: float = 0.0,
+    tile_probability: float = 0.0,
 ) -> Tensor:
-    """Token-exact attention of retrieval heads: selected tokens, window and sinks (paper, section 3.2).
+    """Attention of retrieval heads: selected tokens, window and sinks (paper, section 3.2).
 
     Args:
         q: [B, U*S, T, D]; k, v: [B, U*S, N, D], the same for all heads of a unit.
         index_q: [B, U, T, d]; index_k: [B, U, N, d]; None for dense retrieval heads.
         sinks: [B or 1, sink_tokens] slots, -1 for none.
         real: [B, N] bool, False for padding; None when nothing is padded.
+        tile_probability: see `prefill_attention`; 0: every position attends to what it selects itself.
 
     Returns:
         [B, U*S, T, D]
@@ -176,16 +192,24 @@ def retrieval_attention(
     if kernels := _kernels(q):
         return kernels.retrieval_attention(
             q, k, v, index_q, index_k, heads_per_unit=heads_per_unit, sinks=sinks, window_tokens=window_tokens,
-            top_p=top_p, scaling=scaling, real=real, min_probability=min_probability,
+            top_p=top_p, scaling=scaling, real=real, min_probability=min_probability, tile_probability=tile_probability,
         )  # fmt: skip
+    size = tile_positions(heads_per_unit, q.shape[3]) if tile_probability else 1
+    min_probability = tile_probability or min_probability
     k_slots = torch.arange(slots, device=q.device)
-    rows = max(1, workspace_elements(q.device) // (batch * heads * slots))
+    rows = max(1, workspace_elements(q.device) // (batch * heads * slots) // size) * size
     out = []
-    for start in range(0, queries, rows):
-        stop = min(start + rows, queries)
+    cut = (slots - queries) % size  # pieces end where tiles do
+    for start in range(-cut, queries, rows):
+        start, stop = max(0, start), min(start + rows, queries)
         end = slots - queries + stop  # no query of this piece sees further
         q_slots = k_slots[slots - queries + start : end]
         seen_real = None if real is None else real[:, :end]
+        tiles = None
+        if tile_probability:
+            tiles = partial(
+                read_by_tile, q_slots=q_slots, k_slots=k_slots[:end], window_tokens=window_tokens, positions=size
+            )
         seen_index: tuple[Tensor | None, Tensor | None] = (None, None)
         threshold = None
         if index is not None:
@@ -197,7 +221,7 @@ def retrieval_attention(
 
         def attend(
             q_piece: Tensor, k_seen: Tensor, v_seen: Tensor, end=end, q_slots=q_slots, seen_real=seen_real, index=seen_index,
-            threshold=threshold,
+            threshold=threshold, tiles=tiles,
         ) -> Tensor:  # fmt: skip
             keep = keep_mask(
                 *index,
@@ -206,6 +230,7 @@ def retrieval_attention(
                 top_p=top_p,
                 min_probability=min_probability,
                 threshold=threshold,
+                tiles=tiles,
             )
             if keep.shape[1] > 1 and heads_per_unit > 1:
                 keep = keep.repeat_interleave(heads_per_unit, 1)

@@ -6,7 +6,8 @@ U index units, S query heads per unit, d index dimension. A *slot* is a place in
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -55,6 +56,37 @@ def far_slots(q_slots: Tensor, slots: int, window_tokens: int, sink_tokens: int)
     return (q_slots[:, None] - k_slots >= window_tokens) & (k_slots >= sink_tokens)
 
 
+KEY_TILE = 64
+"""Tokens of one tile product in the prefill of retrieval heads."""
+ROWS = 128
+"""Queries of one such product, positions times heads, unless 16 positions make more; half of it for heads beyond 128."""
+
+
+def tile_positions(heads_per_unit: int, head_dim: int = 128) -> int:
+    """Positions that read their tokens together in prefill; 16 are the least that a tile product of index scores takes."""
+    rows = ROWS if head_dim <= 128 else ROWS // 2
+    return max(16, rows // (1 << (heads_per_unit - 1).bit_length()))
+
+
+def tile_window(q_slots: Tensor, window_tokens: int, positions: int) -> Tensor:
+    """[T] first slot of what a tile reads whole: the key tile in which the window of its first position begins."""
+    begin = q_slots // positions * positions
+    return (begin - window_tokens + 1).clamp(min=0) // KEY_TILE * KEY_TILE
+
+
+def read_by_tile(chosen: Tensor, q_slots: Tensor, k_slots: Tensor, window_tokens: int, positions: int) -> Tensor:
+    """[B, U, T, N] bool: what the positions of a tile choose together, and all from its window on (whole key tiles).
+
+    Args:
+        chosen: [B, U, T, N] bool, what each position chooses.
+        positions: of a tile; tiles lie at absolute slots. A tile that is cut chooses by the positions that are there.
+    """
+    tile = q_slots // positions - q_slots[0] // positions
+    together = chosen.new_zeros(*chosen.shape[:2], int(tile[-1]) + 1, chosen.shape[3], dtype=torch.int32)
+    together = together.index_add(2, tile, chosen.int()) > 0
+    return together.index_select(2, tile) | (k_slots >= tile_window(q_slots, window_tokens, positions)[:, None])
+
+
 @torch.no_grad()
 def visible_scores(index_q: Tensor, index_k: Tensor, visible: Tensor) -> Tensor:
     """Index scores of every query for the tokens it sees, -inf for others: [B, U, T, N] float32."""
@@ -70,6 +102,7 @@ def keep_mask(
     top_p: float,
     min_probability: float = 0.0,
     threshold: Tensor | None = None,
+    tiles: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What retrieval queries attend to: visible tokens that are near or selected.
 
@@ -77,6 +110,7 @@ def keep_mask(
         index_q, index_k: [B, U, T, d] and [B, U, N, d]; None selects everything (a head map without an indexer).
         visible, near: [B or 1, 1, T, N] bool.
         threshold: [B, U, T, 1], what `top_p_threshold` gave for these queries; None finds it.
+        tiles: makes what tiles of queries read out of what each selects (`read_by_tile`); None: each query for itself.
 
     Returns:
         [B, U, T, N] bool, or `visible` itself without an index.
@@ -86,7 +120,8 @@ def keep_mask(
     scores = visible_scores(index_q, index_k, visible)
     if threshold is None:
         threshold = top_p_threshold(scores, top_p, min_probability)
-    return ((scores >= threshold) | near) & visible
+    chosen = scores >= threshold
+    return ((chosen if tiles is None else tiles(chosen)) | near) & visible
 
 
 def sparse_attention(
@@ -104,6 +139,7 @@ def sparse_attention(
     scaling: float,
     real: Tensor | None = None,
     min_probability: float = 0.0,
+    tile_probability: float = 0.0,
 ) -> Tensor:
     """Sparse attention of a layer (paper, section 3): q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D]."""
     query_heads, kv_heads, queries, slots = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
@@ -113,7 +149,14 @@ def sparse_attention(
     near = near_slots(q_slots, k_slots, sink_slots(real, sink_tokens, device=q.device), window_tokens)
     allowed = (visible & near).expand(q.shape[0], query_heads, -1, -1).clone()
     if retrieval_heads:
-        keep = keep_mask(index_q, index_k, visible=visible, near=near, top_p=top_p, min_probability=min_probability)
+        tiles = None
+        if tile_probability:
+            size = tile_positions(heads_per_unit, q.shape[3])
+            tiles = partial(read_by_tile, q_slots=q_slots, k_slots=k_slots, window_tokens=window_tokens, positions=size)
+        keep = keep_mask(
+            index_q, index_k, visible=visible, near=near, top_p=top_p, min_probability=tile_probability or min_probability,
+            tiles=tiles,
+        )  # fmt: skip
         units = keep.expand(q.shape[0], len(retrieval_heads) // heads_per_unit, -1, -1)
         allowed[:, list(retrieval_heads)] = units.repeat_interleave(heads_per_unit, 1)
     k, v = (x.repeat_interleave(query_heads // kv_heads, 1) for x in (k, v))
