@@ -1,5 +1,6 @@
 """The artefact: round trips, damage, crashes, and what is never done (unpickling, leaving its directory)."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -45,6 +46,20 @@ def test_config_file_is_readable_json(tmp_path):
     assert raw["format_version"] == 1
     assert raw["sparse"] == {"window_tokens": 12, "sink_tokens": 4, "index_dim": 8, "top_p": 0.7, "min_probability": 0.0}
     assert raw["heads"]["retrieval"] == [[0, 1, 2], None, [5]]
+
+
+def test_a_window_ladder_is_kept(tmp_path):
+    artifact = make_artifact(1)
+    laddered = dataclasses.replace(
+        artifact, heads=dataclasses.replace(artifact.heads, windows=((12, 12, 3), None, (5, 3, 12)))
+    )
+    laddered.save(tmp_path / "with")
+    assert same(Artifact.load(tmp_path / "with"), laddered)
+    raw = json.loads((tmp_path / "with" / CONFIG_FILE).read_text())
+    assert raw["heads"].pop("windows") == [[12, 12, 3], None, [5, 3, 12]]
+    artifact.save(tmp_path / "without")
+    assert json.loads((tmp_path / "without" / CONFIG_FILE).read_text()) == raw  # nothing else differs
+    assert laddered.digest() != artifact.digest()
 
 
 def test_with_stage_adds_a_section():

@@ -90,6 +90,10 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
     info = json.loads((tmp_path / "info.json").read_text())
     assert info["stages"] == ["calibrate", "distill", "train_indexer"]
     assert info["sparse_cache_bytes_per_far_token"] < info["dense_cache_bytes_per_token"]
+    heads = Artifact.load(converted).heads
+    local = len(heads.layers) * heads.kv_heads * (1 - heads.full_kv_ratio)
+    assert info["local_kv_heads_by_window_tokens"] == {"32": round(local)}
+    assert info["sparse_cache_bytes_constant"] == round(local) * 2 * 2 * 16 * (32 + 4)
     assert "retrieval heads" in out
     code, out, err = run(
         "eval", converted, "--sources", source, "--lengths-tokens", 192, "--samples", 1, "--kinds", "single",

@@ -374,6 +374,7 @@ class Info(Common):
         dense = len(heads.layers) * heads.kv_heads * head_dim * 2 * element
         index = units * sparse.index_dim * element if artifact.indexer is not None else 0
         full = dense * heads.full_kv_ratio + index
+        held = [window + sparse.sink_tokens for window in heads.held_windows(sparse.window_tokens)]
         result = {
             "base_model": artifact.base_model,
             "sparse": dataclasses.asdict(sparse),
@@ -382,9 +383,8 @@ class Info(Common):
             "full_kv_ratio": heads.full_kv_ratio,
             "dense_cache_bytes_per_token": dense,
             "sparse_cache_bytes_per_far_token": round(full),
-            "sparse_cache_bytes_constant": round(
-                dense * (1 - heads.full_kv_ratio) * (sparse.window_tokens + sparse.sink_tokens)
-            ),
+            "sparse_cache_bytes_constant": sum(held) * head_dim * 2 * element,
+            "local_kv_heads_by_window_tokens": heads.window_counts(sparse.window_tokens),
         }
         _out(str(heads))
         for key, value in result.items():

@@ -171,10 +171,11 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
         "Cache": _cache(artifact, pairs) if pairs else "",
         "Settings": _settings(artifact, evaluation),
     }
+    window = f"{'' if artifact.heads.windows is None else 'at most '}{card.tokens(sparse.window_tokens)}"
     body = f"""<header>
 <p class=caption>RTPurbo report</p>
 <h1>{name.replace("/", "/<wbr>")}</h1>
-<p>Sparse version: every head sees a window of {card.tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval
+<p>Sparse version: every head sees a window of {window} and {sparse.sink_tokens} sinks; retrieval
 heads also read {"all earlier tokens" if artifact.indexer is None else index}.</p>
 <div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
 <noscript><p class=note>The figures need JavaScript.</p></noscript>
