@@ -434,6 +434,9 @@ class Bench(OfArtifact):
     15 % of them, evenly spread."""
     window_tokens: int = 8192
     """Window of the layer in tokens."""
+    windows: tuple[int, ...] | None = None
+    """Window of every KV head of the layer in tokens, none longer than the layer's; those whose whole cache is kept have the
+    layer's window all the same. Default: the layer's window for all."""
     far_ratio: float = 0.03
     """Share of far tokens that a head of the layer selects; a whole group three times as many."""
     batches: tuple[int, ...] = (1, 8)
@@ -505,7 +508,9 @@ class Bench(OfArtifact):
         place = resolve_device(self.device)
         device, dtype = torch.device(place), resolve_dtype(self.dtype, place)
         heads = self.layer_heads()
-        shape = layer_shape(heads, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio)
+        shape = layer_shape(
+            heads, retrieval=self.retrieval, window_tokens=self.window_tokens, far_ratio=self.far_ratio, windows=self.windows
+        )
         gpu = device.type == "cuda"
         if not gpu:
             _out("No GPU is used: this measures the CPU path, plain PyTorch without the kernels that a GPU would run.")
@@ -518,7 +523,10 @@ class Bench(OfArtifact):
             device=device,
             dtype=dtype,
         )
-        _out(f"{result['device']}, {result['attention']}; heads {heads}, window {shape.window_tokens}, {result['dtype']}")
+        window = f"window {shape.window_tokens}"
+        if shape.windows is not None:
+            window += f" (by KV head {' '.join(map(str, shape.windows))}, but for those kept whole)"
+        _out(f"{result['device']}, {result['attention']}; heads {heads}, {window}, {result['dtype']}")
         _layer_table("one decode step of a layer", result["rows"], "us", "TB/s")
         read = f"tiles read {self.prefill_far_ratio:.0%} of the far tokens"
         _layer_table(f"prefill of a layer, {read}", result["prefill_rows"], "ms", "TFLOP/s")

@@ -138,10 +138,10 @@ def write_speed_plot(result: dict[str, Any], output: Path) -> None:
             plot = _figure(phase, caption, traces, x=x_axis, y=y_axis)
         figures.append(f"<section><h2>{phase.capitalize()}</h2>{plot}</section>")
     shape = result["shape"]
+    window = f"{'at most ' if shape.get('windows') else ''}{card.tokens(shape['window_tokens'])}"
     about = (
         f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads and {shape['head_dim']} dimensions, window of "
-        f"{card.tokens(shape['window_tokens'])}; {result['device']}, {result['dtype']}, PyTorch {result['torch']}, "
-        f"{result['attention']}."
+        f"{window}; {result['device']}, {result['dtype']}, PyTorch {result['torch']}, {result['attention']}."
     )
     body = f"""<header><p class=caption>RTPurbo bench</p><h1>Speed of one attention layer</h1><p>{escape(about)}</p></header>
 <main class="grid two">{"".join(figures)}</main>"""
