@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rtpurbo.ops.reference import gather_slots, sink_slots
+from rtpurbo.ops.reference import gather_slots, sink_slots, windows_by_head
 
 
 def split_roles(query_heads: int, kv_heads: int, retrieval: tuple[int, ...], unit_size: int):
@@ -19,11 +19,16 @@ def run_decode(
     op, q: Tensor, k: Tensor, v: Tensor, index_q, index_k, *,
     retrieval, unit_size, window, sink_tokens, top_p, real, scaling, spare=0,
 ) -> Tensor:  # fmt: skip
-    """q [B, Hq, 1, D], k and v [B, Hkv, N, D], index [B, U, 1 or N, d] -> [B, Hq, 1, D]; `spare`: older local slots kept."""
+    """q [B, Hq, 1, D], k and v [B, Hkv, N, D], index [B, U, 1 or N, d] -> [B, Hq, 1, D].
+
+    Args:
+        window: one for all KV heads or one for each.
+        spare: older local slots kept.
+    """
     slots, kv_heads = k.shape[2], k.shape[1]
     rows, full, head_units = split_roles(q.shape[1], kv_heads, retrieval, unit_size)
     sinks = sink_slots(real, sink_tokens, device=q.device)
-    first = max(0, slots - window - spare)
+    first = max(0, slots - max(windows_by_head(window, kv_heads)) - spare)
     of_full, of_local = list(rows[:full]), list(rows[full:])
     out = op(
         q[:, :, 0].unflatten(1, (kv_heads, -1)),
@@ -51,6 +56,12 @@ LAYERS = [  # query heads, KV heads, retrieval heads, unit size
     (9, 3, (0, 6, 7), 1),  # single heads, beside local heads of their groups
     (4, 4, (1, 2), 1),  # no groups
 ]
+
+
+def ladder(kv_heads: int, retrieval: tuple[int, ...], group: int, window: int) -> tuple[int, ...]:
+    """A window for every KV head: `window` for full ones, the others' get shorter and shorter."""
+    full = {h // group for h in retrieval}
+    return tuple(window if head in full else max(1, window // (1 + 2 * head)) for head in range(kv_heads))
 
 
 def attended(q, k, v, keep: Tensor, scaling: float) -> Tensor:

@@ -46,8 +46,10 @@ def allowed(visible: Tensor, real: Tensor, heads, layer: int, config, query_head
     slot = torch.arange(length)
     nth_real = real.long().cumsum(-1)  # 1 for the first real token
     sink = real & (nth_real <= config.sink_tokens)
-    near = (slot[:, None] - slot < config.window_tokens)[None] | sink[:, None]
-    out = (visible & near)[:, None].repeat(1, query_heads, 1, 1)
+    windows = [config.window_tokens] * heads.kv_heads if heads.windows is None else heads.windows[layer]
+    each = torch.tensor([windows[head // (query_heads // heads.kv_heads)] for head in range(query_heads)])
+    near = (slot[:, None] - slot < each[:, None, None])[None] | sink[:, None, None]
+    out = visible[:, None] & near
     for head in heads.retrieval[layer]:
         out[:, head] = visible
     return out

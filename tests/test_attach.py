@@ -1,5 +1,6 @@
 """What `attach` changes, `detach` restores; what cannot be converted is refused by name."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tiny import (
     shared_model,
     tiny_model,
     tokens,
+    with_windows,
 )
 
 
@@ -297,6 +299,17 @@ def test_head_map_of_another_model_is_refused(change, message):
     values = {"query_heads": 6, "kv_heads": 3, "granularity": "head", "retrieval": ((), (), ()), **change}
     with pytest.raises(ValueError, match=message):
         attach(model, HeadMap(**values), CONFIG)
+    assert_unchanged(model, before)
+
+
+def test_a_window_ladder_of_other_settings_is_refused():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    heads = with_windows(head_map(model), [5], CONFIG.window_tokens)
+    with attached(model, heads, CONFIG):
+        pass
+    with pytest.raises(ValueError, match=r"windows\[0\] of full KV head 0 must be window_tokens \(13\), got 12\."):
+        attach(model, heads, dataclasses.replace(CONFIG, window_tokens=13))
     assert_unchanged(model, before)
 
 

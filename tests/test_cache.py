@@ -25,6 +25,7 @@ from tiny import (
     random_indexer,
     shared_model,
     tokens,
+    with_windows,
 )
 
 WINDOW, SINKS = CONFIG.window_tokens, CONFIG.sink_tokens
@@ -69,6 +70,17 @@ def test_lengths_by_role(llama, heads, chunks):
         assert (view.index_k is None) == (not units)
         if units:
             assert view.index_k.shape == (2, len(units), 60, INDEX_DIM)
+
+
+@pytest.mark.parametrize("chunks", [[60], [20, 1], [5, 1, 30, 7]])
+def test_a_window_ladder_keeps_the_longest_local_window_of_each_layer(heads, chunks):
+    model = shared_model("llama", dtype=torch.float64)
+    with attached(
+        model, with_windows(heads, [3, 7, 5, 2], WINDOW), CONFIG
+    ):  # local KV heads: 1 of layer 0, all 3 of layer 1
+        cache, _ = filled_cache(model, tokens(60), chunks=chunks)
+    assert [layer.view(None).local_k.shape[2] for layer in cache.layers[:2]] == [3 - 1, 7 - 1]
+    assert cache.layers[0].view(None).full_k.shape[2] == 60
 
 
 def test_everything_is_kept_until_the_window_and_sinks_are_full(llama, heads):

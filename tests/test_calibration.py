@@ -17,8 +17,10 @@ from rtpurbo.calibration import (
     combine,
     score_document,
 )
+from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, SparseConfig, default_lengths
 from rtpurbo.data import documents
+from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
 from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
 
@@ -299,6 +301,96 @@ def test_the_overlap_is_that_of_two_seeds(model, tokenizer, source, monkeypatch,
     first, second = seen[7], seen[7 + calibration.OTHER_SEED]
     assert set(first) == set(second) == {(kind, length) for kind in calibration.KINDS for length in (200, 320)}
     assert len(first) - len(second) == 2 * (count % 2)
+
+
+# The window ladder
+
+LADDER = SparseConfig(window_tokens=512, sink_tokens=4, index_dim=16)
+LADDER_CONFIG = CalibrateConfig(
+    scoring="attention", lengths_tokens=(700, 1000), documents=3, retrieval_ratio=0.25, check_samples=0, window_mass=0.99
+)
+
+
+@torch.no_grad()
+def looking_back(back: dict[tuple[int, int], int | None]):
+    """A model whose heads (layer, query head) look this many tokens back, by position in RoPE; None: everywhere alike."""
+    theta, dim, hidden = 1e6, 64, 96
+    model = random_model(
+        context=1024, hidden_size=hidden, head_dim=dim, rope_parameters={"rope_type": "default", "rope_theta": theta},
+        initializer_range=0.01,
+    )  # fmt: skip
+    model.get_input_embeddings().weight[:, -1] = 1.0  # nearly all that the norm leaves
+    half, fast = dim // 2, dim // 4
+    angles = theta ** (-torch.arange(fast) / half)
+    strength = (25 * dim**0.5 / hidden) ** 0.5
+    for (layer, head), tokens in back.items():
+        attention = model.model.layers[layer].self_attn
+        q, k = attention.q_proj.weight[head * dim :][:dim], attention.k_proj.weight[head // 2 * dim :][:dim]
+        q.zero_()
+        k.zero_()
+        k[:fast, -1] = strength
+        if tokens is not None:
+            q[:fast, -1] = strength * torch.cos(tokens * angles)
+            q[half : half + fast, -1] = -strength * torch.sin(tokens * angles)
+    return model
+
+
+def test_rungs():
+    assert calibration.rungs(8192) == (1024, 2048, 4096, 8192)
+    assert calibration.rungs(1024) == (128, 256, 512, 1024)
+    assert calibration.rungs(1000) == (250, 500, 1000)
+    assert calibration.rungs(64) == (64,)
+
+
+def test_every_group_gets_the_shortest_window_that_its_heads_need(tokenizer, source, tmp_path):
+    """Within 100 tokens, 200 tokens and three quarters of the window back; the group that looks everywhere retrieves."""
+    looks = {(0, 0): 100, (0, 1): 60, (0, 2): 30, (0, 3): 384, (1, 0): 200, (1, 1): 3, (1, 2): None, (1, 3): None}
+    model = looking_back(looks)
+    made = calibrate(model, tokenizer, [source], LADDER_CONFIG, LADDER)
+    assert made.heads.retrieval == ((), (2, 3))
+    assert made.heads.windows == ((128, 512), (256, 512))
+    found = metrics_of(made)["window_ladder"]
+    assert found["rungs_tokens"] == [128, 256, 512]
+    assert found["local_kv_heads"] == {"128": 1, "256": 1, "512": 1}
+    want = [[[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], [[0.0, 1.0, 1.0]]]
+    for layer, rows in enumerate(want):
+        for kept, row in zip(found["kept_mass"][layer], rows, strict=False):
+            assert kept == pytest.approx(row, abs=0.01)
+    made.save(tmp_path / "artifact")
+    assert Artifact.load(tmp_path / "artifact").heads == made.heads
+    without = calibrate(model, tokenizer, [source], dataclasses.replace(LADDER_CONFIG, window_mass=None), LADDER)
+    assert without.heads == dataclasses.replace(made.heads, windows=None)
+    assert "window_ladder" not in metrics_of(without)
+
+
+def test_kept_mass_is_the_share_that_a_shorter_window_leaves_of_a_local_heads_attention(model, tokenizer, source):
+    tokens = documents([source], tokenizer, length_tokens=96, count=1, seed=2)[0]
+    rows, seen = torch.tensor([40, 70, 95]), {}
+    with torch.no_grad(), recording(model, lambda its: seen.__setitem__(its.layer, its)):
+        model(tokens[None])
+    got = calibration.kept_mass(attention_rows(seen[1], rows), rows, (6, 30), 3)
+    age, slot = rows[:, None] - torch.arange(96), torch.arange(96)
+    logits = (seen[1].q[0][:, rows] @ seen[1].k[0].repeat_interleave(2, 0).mT) * seen[1].scaling
+    local = logits.masked_fill((age < 0) | ((age >= 30) & (slot >= 3)), -torch.inf).softmax(-1)
+    want = (local * ((age < 6) | (slot < 3))).sum(-1).mean(-1)
+    torch.testing.assert_close(got, torch.stack([want, torch.ones(4)], -1), atol=1e-5, rtol=0)
+
+
+def test_the_head_and_the_length_that_keep_least_decide():
+    def text(length: int, *rows: list[float]) -> DocumentScore:
+        table = torch.tensor(rows)[:, :, None].expand(-1, -1, 2).clone()
+        table[..., 1] = 1.0
+        return dataclasses.replace(fake("text", length), kept=table)
+
+    heads = HeadMap(query_heads=4, kv_heads=2, granularity="group", retrieval=(None, ()))
+    scores = [
+        text(100, [0.0] * 4, [1.0, 0.9, 1.0, 1.0]), text(100, [0.0] * 4, [1.0, 0.7, 1.0, 1.0]),
+        text(200, [0.0] * 4, [1.0, 1.0, 0.95, 1.0]), fake("span", 100, 1.0),
+    ]  # fmt: skip
+    kept = calibration.kept_by_group(scores, heads)
+    torch.testing.assert_close(kept[1], torch.tensor([[0.8, 1.0], [0.95, 1.0]]))
+    for mass, windows in ((0.97, (256, 256)), (0.95, (256, 128)), (0.8, (128, 128))):
+        assert calibration.with_ladder(heads, kept.double().round(decimals=6), 256, mass).windows == (None, windows)
 
 
 # The check, the record, the model

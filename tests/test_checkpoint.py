@@ -66,6 +66,20 @@ def test_an_evaluated_artefact_from_before_index_dtype_keeps_its_checksum():
     assert found.digest() == json.loads((shipped / "eval.json").read_text())["artifact"]
 
 
+def test_a_window_ladder_is_kept(tmp_path):
+    artifact = make_artifact(1)
+    laddered = dataclasses.replace(
+        artifact, heads=dataclasses.replace(artifact.heads, windows=((12, 12, 3), None, (5, 3, 12)))
+    )
+    laddered.save(tmp_path / "with")
+    assert same(Artifact.load(tmp_path / "with"), laddered)
+    raw = json.loads((tmp_path / "with" / CONFIG_FILE).read_text())
+    assert raw["heads"].pop("windows") == [[12, 12, 3], None, [5, 3, 12]]
+    artifact.save(tmp_path / "without")
+    assert json.loads((tmp_path / "without" / CONFIG_FILE).read_text()) == raw  # nothing else differs
+    assert laddered.digest() != artifact.digest()
+
+
 def test_with_stage_adds_a_section():
     artifact = make_artifact(stages={"calibrate": {"settings": {}, "metrics": {}}})
     later = artifact.with_stage("train_indexer", TrainConfig(steps=5), {"loss": 1.5}, indexer={"x": torch.ones(1)})

@@ -90,6 +90,10 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
     info = json.loads((tmp_path / "info.json").read_text())
     assert info["stages"] == ["calibrate", "distill", "train_indexer"]
     assert info["sparse_cache_bytes_per_far_token"] < info["dense_cache_bytes_per_token"]
+    heads = Artifact.load(converted).heads
+    local = len(heads.layers) * heads.kv_heads * (1 - heads.full_kv_ratio)
+    assert info["local_kv_heads_by_window_tokens"] == {"32": round(local)}
+    assert info["sparse_cache_bytes_constant"] == round(local) * 2 * 2 * 16 * (32 + 4)
     assert "retrieval heads" in out
     code, out, err = run(
         "eval", converted, "--sources", source, "--lengths-tokens", 192, "--samples", 1, "--kinds", "single",
@@ -391,6 +395,17 @@ def test_bench_of_a_models_layer_reads_no_weights(tmp_path, model_dir, converted
         assert shape["retrieval"] == [2]
 
 
+def test_bench_of_a_layer_with_a_window_ladder(tmp_path):
+    ladder = ("--shape", "8/4/16", "--retrieval", 1, "--windows", 32, 8, 16, 24)
+    code, out, err = run("bench", *ladder, *LAYER, "--json", tmp_path / "layer.json", "--plot", tmp_path / "layer.html")
+    assert code == 0, err
+    assert "window 32 (by KV head 32 8 16 24, but for those kept whole)" in out
+    result = json.loads((tmp_path / "layer.json").read_text())
+    assert result["shape"]["windows"] == [32, 8, 16, 24]
+    assert all(row["speedup"] > 0 for row in result["rows"] + result["prefill_rows"])
+    assert "window of at most 32" in (tmp_path / "layer.html").read_text()
+
+
 def test_bench_of_a_model_that_cannot_be(tmp_path, converted):
     assert "Expected --model or --shape, got both" in fails("bench", "--model", "any/model", "--shape", "4/2/16")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -411,6 +426,7 @@ def test_bench_of_a_model_that_cannot_be(tmp_path, converted):
         (["--shape", "32x4"], "such as 32/4/128"),
         (["--shape", "6/4/16"], "a multiple of the KV heads"),
         (["--shape", "4/2/16", "--retrieval", "9"], "heads below 4"),
+        (["--windows", "9"], "windows must be one for each of 4 KV heads, from 1 to window_tokens (8192), got 9"),
         (["--far-ratio", "2"], "far_ratio must be in [0, 1]"),
         (["--lengths-tokens", "-3"], "lengths must be 1 or more"),
         (["--prefill-lengths-tokens", "-3"], "prefill_lengths must be 1 or more"),

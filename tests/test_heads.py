@@ -126,6 +126,41 @@ def test_dict_round_trip(heads):
     assert list(heads.to_dict()) == ["query_heads", "kv_heads", "granularity", "retrieval"]
 
 
+WINDOWS = ((8, 8, 2), None, (4, 2, 2), (2, 3, 8))
+
+
+def test_window_ladder():
+    heads = make(windows=WINDOWS)
+    assert heads.kv_windows(2, 8) == (4, 2, 2)
+    assert make().kv_windows(2, 8) == (8, 8, 8)
+    assert [heads.local_windows(i, 8) for i in heads.layers] == [(2,), (4, 2, 2), (2, 3)]
+    assert heads.window_counts(8) == {2: 4, 3: 1, 4: 1}
+    assert make().window_counts(8) == {8: 6}
+    assert heads.held_windows(8) == [2, 4, 4, 4, 3, 3]
+    assert make().held_windows(8) == [8] * 6
+    heads.check_windows(8)
+    make().check_windows(8)
+    assert HeadMap.from_dict(json.loads(json.dumps(heads.to_dict()))) == heads
+    assert heads.to_dict() == make().to_dict() | {"windows": [[8, 8, 2], None, [4, 2, 2], [2, 3, 8]]}
+    assert str(heads) == f"{make()}\nwindows of local KV heads: 4 of 2 tokens, 1 of 3 tokens, 1 of 4 tokens"
+    assert str(make(retrieval=(None,), windows=(None,))).endswith("windows of local KV heads: none")
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (
+            ((8, 8, 2), None, (4, 2, 9), (2, 3, 8)),
+            r"windows\[2\] of local KV head 2 must be at most window_tokens \(8\), got 9",
+        ),
+        (((8, 4, 2), None, (4, 2, 2), (2, 3, 8)), r"windows\[0\] of full KV head 1 must be window_tokens \(8\), got 4"),
+    ],
+)
+def test_windows_that_do_not_fit_the_settings_are_refused(windows, message):
+    with pytest.raises(ValueError, match=message):
+        make(windows=windows).check_windows(8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +172,17 @@ def test_dict_round_trip(heads):
         ({"retrieval": ((1, 0),)}, r"retrieval\[0\] must be ascending heads below 6, got \(1, 0\)\."),
         ({"retrieval": ((1, 1),)}, r"retrieval\[0\] must be ascending heads below 6, got \(1, 1\)\."),
         ({"granularity": "group", "retrieval": ((0, 1, 2),)}, r"retrieval\[0\] must be made of whole KV groups, got"),
+        ({"windows": WINDOWS[:3]}, r"windows must be one entry for each of 4 layers, got \(\(8, 8, 2\), None"),
+        (
+            {"windows": ((8, 8, 2), (8, 8, 2), *WINDOWS[2:])},
+            r"windows\[1\] must be null, as the layer is left as it is, got",
+        ),
+        (
+            {"windows": (None, *WINDOWS[1:])},
+            r"windows\[0\] must be 3 windows \(one per KV head\) of at least 1 token, got None",
+        ),
+        ({"windows": ((8, 2), *WINDOWS[1:])}, r"windows\[0\] must be 3 windows .*, got \(8, 2\)"),
+        ({"windows": ((8, 8, 0), *WINDOWS[1:])}, r"windows\[0\] must be 3 windows .*, got \(8, 8, 0\)"),
     ],
 )
 def test_impossible_maps_are_refused(changes, message):
@@ -158,6 +204,9 @@ def test_impossible_maps_are_refused(changes, message):
         ({"retrieval": [[1.5]]}, r"heads\.retrieval\[0\] must be a list of head numbers or null, got \[1\.5\]\."),
         ({"retrieval": [[True]]}, r"heads\.retrieval\[0\] must be a list of head numbers or null, got \[True\]\."),
         ({"query_heads": "6"}, r"query_heads in the head map must be a whole number, got '6'\."),
+        ({"windows": 5}, r"heads\.windows must be a list with one entry per layer, got 5\."),
+        ({"windows": ["8"]}, r"heads\.windows\[0\] must be a list of tokens or null, got '8'\."),
+        ({"windows": [[8, 8, 2.5]]}, r"heads\.windows\[0\] must be a list of tokens or null, got \[8, 8, 2\.5\]\."),
         ({"retrieval": [[9]]}, r"retrieval\[0\] must be ascending heads below 6, got \(9,\)"),
     ],
 )

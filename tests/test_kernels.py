@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton
 import triton.language as tl
 
-from decoding import LAYERS, attended, run_decode, split_roles
+from decoding import LAYERS, attended, ladder, run_decode, split_roles
 from rtpurbo import ops
 from rtpurbo.ops import decode_kernels, gather_kernels, kernels, reference
 from rtpurbo.ops.reference import gather_slots, read_by_tile, sink_slots, tile_positions, visible_scores, visible_slots
@@ -199,9 +199,14 @@ def test_retrieval_by_tile(slots, queries, unit_size, window, padding, far_tiles
     ("query_heads", "kv_heads", "retrieval", "unit_size"),
     [(6, 2, (1, 3, 4), 1), (6, 3, (2, 3), 2), (4, 2, (), 1), (4, 4, (3, 1), 1)],
 )
-def test_a_layers_heads_are_read_and_written_in_place(query_heads, kv_heads, retrieval, unit_size, padding, monkeypatch):
-    """The kernels find every head by its number, in one tensor; plain PyTorch picks and copies them."""
-    slots, queries, window, group = 150, 70, 30, query_heads // kv_heads
+@pytest.mark.parametrize("same", [True, False])
+def test_a_layers_heads_are_read_and_written_in_place(
+    query_heads, kv_heads, retrieval, unit_size, padding, same, monkeypatch
+):
+    """The kernels find every head by its number, in one tensor; plain PyTorch picks and copies them. All KV heads have the
+    same window, or each its own."""
+    slots, queries, group = 150, 70, query_heads // kv_heads
+    window = 30 if same else ladder(kv_heads, retrieval, group, 30)
     units = max(1, len(retrieval) // unit_size)
     q, _, _, index_q, index_k = make_inputs(2, query_heads, slots, queries, units=units)
     k, v = make_inputs(2, kv_heads, slots, queries)[1:3]
@@ -446,6 +451,28 @@ def test_decode(padding, query_heads, kv_heads, retrieval, unit_size, splits):
             close(got, (q, k, v), lambda q, k, v, keep=keep: attended(q, k, v, keep, SCALING))
 
 
+@pytest.mark.parametrize(("query_heads", "kv_heads", "retrieval", "unit_size"), LAYERS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_decode_with_a_window_for_every_row(padding, query_heads, kv_heads, retrieval, unit_size, splits):
+    for slots, longest, sink_tokens, top_p in [(150, 60, 4, 0.5), (40, 41, 4, 0.9)]:
+        windows = ladder(kv_heads, retrieval, query_heads // kv_heads, longest)
+        q, *_, index_q, index_k = make_inputs(2, query_heads, slots, 1, units=len(retrieval) // unit_size)
+        _, k, v, *_ = make_inputs(2, kv_heads, slots, 1)
+        real = make_real(padding, 2, slots)
+        k_slots = torch.arange(slots, device=DEVICE)
+        sinks = sink_slots(real, sink_tokens, device=DEVICE)
+        visible = visible_slots(k_slots[-1:], k_slots, real)
+        near = torch.cat([ops.reference.near_slots(k_slots[-1:], k_slots, sinks, window) for window in windows], 1)
+        near = near.repeat_interleave(query_heads // kv_heads, 1)
+        keep = decode_keep(index_q, index_k, retrieval, unit_size, near, visible, real, top_p, query_heads)
+        settings = {"retrieval": retrieval, "unit_size": unit_size, "sink_tokens": sink_tokens, "top_p": top_p, "real": real}
+        op, inputs = decode_kernels.decode_attention, (q, k, v, index_q, index_k)
+        got = run_decode(op, *inputs, window=windows, scaling=SCALING, spare=7, **settings)
+        close(got, (q, k, v), lambda q, k, v, keep=keep: attended(q, k, v, keep, SCALING))
+    one, each = (run_decode(op, *inputs, window=w, scaling=SCALING, **settings) for w in (longest, (longest,) * kv_heads))
+    assert torch.equal(one, each)
+
+
 def paged(x, lengths, page, kept):
     """[B, H, N, D] -> pages [P, page, H, D] in random order and block tables [B, pages]; what `kept` is False for is NaN."""
     batch, heads, slots, dim = x.shape
@@ -459,10 +486,11 @@ def paged(x, lengths, page, kept):
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads", "retrieval", "unit_size"), LAYERS)
-@pytest.mark.parametrize("page", [16, 24])
-def test_decode_from_pages_at_different_lengths(page, query_heads, kv_heads, retrieval, unit_size, splits):
+@pytest.mark.parametrize(("page", "same"), [(16, True), (24, True), (16, False)])
+def test_decode_from_pages_at_different_lengths(page, same, query_heads, kv_heads, retrieval, unit_size, splits):
     """Every sequence as if it were alone; what a local head has forgotten is never read."""
     slots, window, sink_tokens, top_p = 130, 30, 3, 0.6
+    windows = window if same else ladder(kv_heads, retrieval, query_heads // kv_heads, window)
     lengths = torch.tensor([130, 57, 31, 9, 1], device=DEVICE)
     batch = len(lengths)
     q, *_, index_q, index_k = make_inputs(batch, query_heads, slots, 1, units=len(retrieval) // unit_size)
@@ -483,13 +511,13 @@ def test_decode_from_pages_at_different_lengths(page, query_heads, kv_heads, ret
     got = decode_kernels.decode_attention(
         q[:, :, 0].unflatten(1, (kv_heads, -1)), full_k, full_v, local_k, local_v, none, none,
         index_q[:, :, 0], index_k, kv_rows=rows, head_units=head_units, slots=slots,
-        sinks=torch.arange(sink_tokens, device=DEVICE)[None], window_tokens=window, top_p=top_p, scaling=SCALING,
+        sinks=torch.arange(sink_tokens, device=DEVICE)[None], window_tokens=windows, top_p=top_p, scaling=SCALING,
         lengths=lengths.int(), block_tables=(table, local_table),
     ).flatten(1, 2)  # fmt: skip
     for i, length in enumerate(lengths.tolist()):
         alone = run_decode(
             decode_kernels.decode_attention, q[i : i + 1], k[i : i + 1, :, :length], v[i : i + 1, :, :length],
-            index_q[i : i + 1], index_k[i : i + 1, :, :length], retrieval=retrieval, unit_size=unit_size, window=window,
+            index_q[i : i + 1], index_k[i : i + 1, :, :length], retrieval=retrieval, unit_size=unit_size, window=windows,
             sink_tokens=min(sink_tokens, length), top_p=top_p, real=None, scaling=SCALING,
         )  # fmt: skip
         torch.testing.assert_close(got[i], alone[0, :, 0])
@@ -507,7 +535,7 @@ POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "
             "p_bits": "*i32", "p_heads": "*i32", "p_rows": "*i32"}
 DECODE = {"p_bins": "*i16", "p_sinks": "*i64", "p_real": "*u8", "p_acc": "*fp32", "p_ml": "*fp32", "p_mass": "*fp32"}
 DECODE |= {"p_" + name: "*i32" for name in ("lengths", "counts", "tops", "arrived", "least", "list", "heads", "row_units",
-                                            "head_units", "table", "local_table")}
+                                            "head_units", "windows", "table", "local_table")}
 
 def compiled(name, capability, module=kernels, types_of=POINTERS, warps=4, stages=3, fits=None, **constants):
     kernel = getattr(module, name)

@@ -42,6 +42,7 @@ from tiny import (
     shared_model,
     tiny_model,
     tokens,
+    with_windows,
 )
 
 LENGTH = 61
@@ -241,6 +242,62 @@ def test_every_mix_of_roles(retrieval):
     check_modes(model, heads, CONFIG, indexer, want, ids, mask)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_ladder_of_equal_windows_is_no_ladder(granularity):
+    """Bit for bit, however it is fed."""
+    model = shared_model("llama")
+    ids, mask = batch("ragged")
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+    for chunks in MODES.values():
+        results = []
+        for its in (heads, with_windows(heads, [CONFIG.window_tokens], CONFIG.window_tokens)):
+            with attached(model, its, CONFIG, indexer):
+                results.append(logits(model, ids, mask, chunks))
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("windows", [[3, 12, 7], [1, 2], [5]])
+def test_a_ladder_equals_the_oracle_however_it_is_fed(windows, granularity, kind):
+    model = shared_model("qwen3", dtype=torch.float64)
+    ids, mask = batch(kind)
+    plain = head_map(model, granularity)
+    heads = with_windows(plain, windows, CONFIG.window_tokens)
+    indexer = random_indexer(heads)
+    with oracle(model, plain, CONFIG, indexer):
+        without = logits(model, ids, mask)
+    with oracle(model, heads, CONFIG, indexer):
+        want = logits(model, ids, mask)
+    assert (want - without).abs().max() > 0.1  # the ladder matters
+    check_modes(model, heads, CONFIG, indexer, want, ids, mask)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_ladders(seed):
+    draw = random.Random(seed)
+    model = shared_model("llama", dtype=torch.float64)
+    rows = [tuple(h for h in range(QUERY_HEADS) if draw.random() < draw.choice([0.0, 0.2, 0.5])) for _ in range(3)]
+    config = dataclasses.replace(
+        CONFIG, window_tokens=draw.choice([2, 9, 30, 70]), sink_tokens=draw.choice([0, 1, 4, 9]),
+        min_probability=draw.choice([0.0, 0.03]),
+    )  # fmt: skip
+    windows = [draw.randint(1, config.window_tokens) for _ in range(5)]
+    heads = with_windows(head_map(model, "head", rows), windows, config.window_tokens)
+    indexer = random_indexer(heads, seed)
+    longest = draw.randint(12, 58)
+    ids, mask = left_padded([longest, *(draw.randint(1, longest) for _ in range(draw.randint(0, 3)))], seed)
+    if draw.random() < 0.4:
+        row, start = draw.randrange(len(ids)), draw.randint(3, longest - 2)
+        mask[row, start : min(longest - 1, start + draw.randint(1, 6))] = False
+    with oracle(model, heads, config, indexer):
+        want = logits(model, ids, mask)
+    with attached(model, heads, config, indexer):
+        assert_same(logits(model, ids, mask), want, mask)
+        assert_same(logits(model, ids, mask, [draw.choice([1, 1, 2, 3, 5, 9, 17, 30]) for _ in range(12)]), want, mask)
+
+
 @pytest.mark.parametrize("heads_and_kv", [(4, 4), (4, 1), (8, 2)])
 def test_every_group_size(heads_and_kv):
     query_heads, kv_heads = heads_and_kv
@@ -346,11 +403,14 @@ def test_no_indexer_leaves_retrieval_heads_dense():
     check_modes(model, heads, CONFIG, None, want, ids, mask)
 
 
+@pytest.mark.parametrize("ladder", [False, True])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_gradients_equal_the_oracles(granularity):
+def test_gradients_equal_the_oracles(granularity, ladder):
     model = tiny_model("qwen3", dtype=torch.float64)
     ids, mask = batch("ragged")
     heads = head_map(model, granularity)
+    if ladder:
+        heads = with_windows(heads, [3, 12, 7], CONFIG.window_tokens)
     indexer = random_indexer(heads)
 
     def gradients():

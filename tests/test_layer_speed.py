@@ -41,9 +41,10 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 SHAPE = LayerShape(query_heads=8, kv_heads=4, head_dim=16, retrieval=(1, 2, 6), window_tokens=40, far_ratio=0.1)
 GROUPS = dataclasses.replace(SHAPE, retrieval=(2, 3), unit_size=2)
 SMALL = dataclasses.replace(SHAPE, index_dtype="float8")
+LADDER = dataclasses.replace(GROUPS, windows=(5, 40, 20, 30))
 
 
-@pytest.mark.parametrize("shape", [SHAPE, SMALL, GROUPS, dataclasses.replace(SHAPE, retrieval=())])
+@pytest.mark.parametrize("shape", [SHAPE, SMALL, GROUPS, LADDER, dataclasses.replace(SHAPE, retrieval=())])
 def test_the_replayed_selection_is_what_the_op_selects(shape):
     step, dense, keep, _ = sparse_step(shape, 2, 300, **CPU)
     got, allowed = error(step, dense, keep)
@@ -83,6 +84,22 @@ def test_float8_index_keys_are_read_as_bytes():
     assert mode_shapes(SMALL)["groups"][0][1].index_dtype == "float8"
 
 
+def test_a_layer_may_have_a_window_ladder():
+    shape = layer_shape("8/4/16", retrieval=(2,), window_tokens=40, far_ratio=0.1, windows=(5, 3, 20, 30))
+    assert shape.kv_windows == (5, 40, 20, 30)  # the second KV head is kept whole
+    assert shape.held_tokens == 30
+    assert dataclasses.replace(shape, windows=None).kv_windows == (40,) * 4
+    *_, held = sparse_step(shape, 1, 300, **CPU)
+    assert held == 4 * (2 * (300 + 3 * (30 + 4)) * 16 + 300 * 16)
+    pairs = sum(2 * int(seen(300, window, 4)[1].sum()) for window in shape.kv_windows)
+    assert prefill_flops(shape, 300, 0.0)[1] == 4 * 16 * pairs
+    rows = sum(window + 4 for window in shape.kv_windows)
+    assert decode_bytes(shape, 1, 300, 0.0, element_bytes=4)[1] == 4 * (2 * rows * 16 + 300 * 16)
+    for windows, got in (((5, 3), "5, 3"), ((5, 3, 20, 41), "5, 3, 20, 41"), ((), "none")):
+        with pytest.raises(ValueError, match=rf"one for each of 4 KV heads, from 1 to window_tokens \(40\), got {got}"):
+            layer_shape("8/4/16", retrieval=(2,), window_tokens=40, far_ratio=0.1, windows=windows)
+
+
 def test_far_share_is_measured_and_near_the_one_asked_for():
     row = decode_row(SHAPE, 2, 2000, **CPU, repeats=2)
     assert row["far_ratio"] == pytest.approx(0.1, abs=0.02)
@@ -97,7 +114,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         decode_row(SHAPE, 1, 200, **CPU)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GROUPS, dataclasses.replace(SHAPE, retrieval=())])
+@pytest.mark.parametrize("shape", [SHAPE, GROUPS, LADDER, dataclasses.replace(SHAPE, retrieval=())])
 def test_prefill_is_checked_against_the_replayed_selection(shape, monkeypatch):
     step, dense, chosen = prefill_step(shape, 300, **CPU)
     got, allowed = prefill_error(shape, step, dense, chosen)

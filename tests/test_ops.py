@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-from decoding import LAYERS, run_decode
+from decoding import LAYERS, ladder, run_decode, split_roles
 from rtpurbo import ops
 from rtpurbo.ops import prefill
 from rtpurbo.ops.reference import gather_slots, keep_mask, near_slots, read_by_tile, sink_slots, visible_slots
@@ -165,6 +165,41 @@ def test_decode_attention(slots, padding, query_heads, kv_heads, heads, unit_siz
         )  # fmt: skip
         want = reference(q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, **settings)
         torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads", "heads", "unit_size"), LAYERS)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), [(64, 1), (130, 65), (33, 33)])
+def test_a_window_for_every_kv_head(slots, queries, padding, query_heads, kv_heads, heads, unit_size):
+    """Decode and prefill of a layer against the reference; equal windows give the same bits as one number."""
+    q, k, v, index_q, index_k = make_inputs(3, query_heads, kv_heads, slots, queries, len(heads) // unit_size)
+    real = make_real(padding, 3, slots)
+    rows, full, head_units = split_roles(query_heads, kv_heads, heads, unit_size)
+    sinks = sink_slots(real, 3)
+    (full_k, local_k), (full_v, local_v) = ((x[:, rows[:full]], x[:, rows[full:]]) for x in (k, v))
+
+    def run(window):
+        if queries == 1:
+            return run_decode(
+                ops.decode_attention, q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, window=window,
+                sink_tokens=3, top_p=0.8, real=real, scaling=SCALING, spare=3,
+            )  # fmt: skip
+        first = slots - min(slots, queries + 23)
+        return ops.prefill_attention(
+            q, full_k, full_v, local_k[:, :, first:], local_v[:, :, first:], gather_slots(local_k, sinks),
+            gather_slots(local_v, sinks), index_q if heads else None, index_k if heads else None, kv_rows=rows,
+            head_units=head_units, first_slot=first, sinks=sinks, window_tokens=window, top_p=0.8, scaling=SCALING,
+            real=real,
+        )  # fmt: skip
+
+    for longest in (1, 6, 23):
+        windows = ladder(kv_heads, heads, query_heads // kv_heads, longest)
+        want = reference(
+            q, k, v, index_q, index_k, retrieval=heads, unit_size=unit_size, window=windows, sink_tokens=3, top_p=0.8,
+            real=real,
+        )  # fmt: skip
+        torch.testing.assert_close(run(windows), want, **TOLERANCE)
+        assert torch.equal(run((longest,) * kv_heads), run(longest))
 
 
 def test_random_shapes():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import torch
@@ -138,6 +140,18 @@ def head_map(model, granularity: str = "head", retrieval: list[tuple[int, ...]] 
         granularity=granularity,
         retrieval=tuple(rows.get(i) for i in range(model.config.num_hidden_layers)),
     )
+
+
+def with_windows(heads: HeadMap, windows: list[int], window_tokens: int) -> HeadMap:
+    """The same roles; local KV heads have these windows in turn, full ones `window_tokens`."""
+    turn = itertools.cycle(windows)
+    rows = [
+        None
+        if heads.retrieval[i] is None
+        else tuple(window_tokens if g in heads.full_kv_heads(i) else next(turn) for g in range(heads.kv_heads))
+        for i in range(len(heads.retrieval))
+    ]
+    return dataclasses.replace(heads, windows=tuple(rows))
 
 
 def random_indexer(heads: HeadMap, seed: int = 1, index_dim: int = INDEX_DIM):

@@ -50,7 +50,8 @@ def attach(
             dense.
 
     Raises:
-        ValueError: unsupported architecture, a head map of another shape, or a model that is sparse already.
+        ValueError: unsupported architecture, a head map of another shape or with other windows, or a model that is sparse
+            already.
     """
     if is_attached(model):
         raise ValueError("This model is sparse already; detach it first.")
@@ -67,6 +68,7 @@ def attach(
         raise ValueError(
             f"The head map converts layers {mine}; this model's full-attention layers are {its}. Calibrate this model."
         )
+    heads.check_windows(config.window_tokens)
     if isinstance(indexer, dict):
         indexer = indexer_from_state(indexer, heads, head_dim=head_dim, index_dim=config.index_dim)
     AttentionInterface.register(IMPLEMENTATION, sdpa_attention_forward)  # for layers left as they are

@@ -1,7 +1,8 @@
 """The sparse forward of an attention module, shared by all families: prefill, decode and training.
 
 Six steps: project; rotate; index; remember; attend (each head by its role); project back. Short sequences, at most
-window + sinks, take the dense path of Transformers' SDPA with identical results; `dense_below_tokens` extends it.
+the layer's shortest window + sinks, take the dense path of Transformers' SDPA with identical results;
+`dense_below_tokens` extends it.
 
 Shapes: B batch, T new tokens, N slots so far, Hq query heads, Hkv KV heads, D head dimension.
 """
@@ -65,6 +66,8 @@ class LayerState:
     """Full KV heads, then local ones."""
     head_units: tuple[int, ...] = field(init=False)
     """Index unit of every query head, -1 for local ones."""
+    windows: tuple[int, ...] = field(init=False)
+    """Window of every KV head in tokens."""
 
     def __post_init__(self) -> None:
         heads, size = self.heads, self.heads.group_size
@@ -76,13 +79,14 @@ class LayerState:
         units = {h: i // heads.heads_per_unit for i, h in enumerate(self.retrieval)}
         self.head_units = tuple(units.get(h, -1) for h in range(heads.query_heads))
         self.group_size = size
+        self.windows = heads.kv_windows(self.layer, self.config.window_tokens)
 
     def new_cache_layer(self) -> SparseLayer:
         """An empty cache layer for these roles."""
         return SparseLayer(
             full_heads=self.full_kv,
             local_heads=self.local_kv,
-            window_tokens=self.config.window_tokens,
+            window_tokens=max((self.windows[g] for g in self.local_kv), default=self.config.window_tokens),
             sink_tokens=self.config.sink_tokens,
         )
 
@@ -137,7 +141,7 @@ def sparse_forward(
     length = layer.get_seq_length() if layer is not None else k.shape[2]
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
-    short = length <= state.config.window_tokens + state.config.sink_tokens
+    short = length <= min(state.windows) + state.config.sink_tokens
     short = short or (below and q.shape[2] > 1 and (layer is None or not layer.is_split))  # every key is still there
     if short or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
@@ -179,7 +183,7 @@ def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState
         head_units=state.head_units,
         first_slot=kv.first_slot,
         sinks=kv.sinks,
-        window_tokens=state.config.window_tokens,
+        window_tokens=state.windows,
         top_p=state.config.top_p,
         min_probability=state.config.min_probability,
         tile_probability=state.config.tile_probability,
@@ -204,7 +208,7 @@ def _decode(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState,
         head_units=state.head_units,
         slots=kv.full_k.shape[2] if state.full_kv else kv.first_slot + kv.local_k.shape[2],
         sinks=kv.sinks,
-        window_tokens=state.config.window_tokens,
+        window_tokens=state.windows,
         top_p=state.config.top_p,
         min_probability=state.config.min_probability,
         scaling=scaling,

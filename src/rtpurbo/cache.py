@@ -2,7 +2,8 @@
 
 A `DynamicCache` is used as it is: on its first use each empty layer of a converted attention module is replaced by a
 `SparseLayer`. As long as everything fits in window + sinks the layer holds all KV heads alike (the dense path); the
-first token beyond splits it, and from then on local KV heads drop what no query will see again.
+first token beyond splits it, and from then on local KV heads drop what no query will see again. All local KV heads of a
+layer keep the longest of their windows.
 
 Shapes: B batch, Hkv KV heads, N slots so far, D head dimension, U index units, d index dimension.
 """

@@ -8,7 +8,8 @@
    the repeated span, the hidden fact, the text's own next tokens.
 4. Lengths at which the model cannot copy the span itself are left out. A head's score is the largest of its four, each
    scaled to 1; the highest are retrieval heads.
-5. Check: needle questions, dense model against dense retrieval heads + window.
+5. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
+6. Check: needle questions, dense model against dense retrieval heads + window.
 
 Every other document is drawn with another seed: its text, its needle, its positions. Both draws together decide; how far
 their choices agree when each decides alone says what another seed would have changed. That costs nothing, where a second
@@ -33,13 +34,15 @@ from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
 from .models import fingerprint, model_identity
-from .ops import far_slots, window_attention
+from .ops import far_slots, near_slots, window_attention
 from .progress import track
 
 CAN_COPY = 0.3
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
 KINDS = ("span", "question", "text")
 TEXT_POSITIONS = 512
+SHORTEST_WINDOW_TOKENS = 128
+"""No rung of the window ladder is shorter, but for window_tokens itself."""
 OTHER_SEED = 1_000_003
 """Added to the seed for the second draw; so large that runs with neighbouring seeds share no draw."""
 
@@ -54,6 +57,8 @@ class DocumentScore:
     """"needle" (span documents), "far" (attention mass beyond the window), "effect" (per kind)"""
     copied: float | None
     """Share of the repeated span that the model predicts (span documents)."""
+    kept: Tensor | None = None
+    """[layers, query heads, rungs]: share of the mass in window and sinks that shorter windows keep (text documents)."""
 
 
 @gives_back
@@ -113,9 +118,11 @@ def calibrate(
                 "scoring='needle' looks at; use scoring='effect' or other lengths."
             )
 
+    def counted(some: list[DocumentScore]) -> list[DocumentScore]:
+        return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
+
     def choose(some: list[DocumentScore]) -> tuple[HeadMap, Tensor]:
-        counted = [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
-        total = combine(counted, config.scoring)
+        total = combine(counted(some), config.scoring)
         rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
         heads = HeadMap.from_scores(
             rows,
@@ -138,6 +145,17 @@ def calibrate(
     if config.documents >= len(KINDS) * len(draws):  # every draw has every kind
         first, second = (choose(some)[0] for some in drawn)
         metrics["overlap_between_seeds"] = first.overlap(second)
+    if config.window_mass is not None:
+        kept = kept_by_group(counted(scores), heads)
+        heads = with_ladder(heads, kept, sparse.window_tokens, config.window_mass)
+        metrics["window_ladder"] = {
+            "rungs_tokens": list(rungs(sparse.window_tokens)),
+            "kept_mass": [
+                None if row is None else [[round(x, 4) for x in group] for group in layer]
+                for layer, row in zip(kept.tolist(), heads.retrieval, strict=True)
+            ],
+            "local_kv_heads": {str(n): count for n, count in heads.window_counts(sparse.window_tokens).items()},
+        }
     if config.check_samples:
         metrics["check"], found = check_choice(model, tokenizer, texts[0], usable or [min(lengths)], heads, sparse, config)
         notes += found
@@ -183,12 +201,16 @@ def score_document(
         targets = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
     layers, query_heads, _, _ = head_counts(model)
     tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
+    ladder = rungs(sparse.window_tokens) if kind == "text" and config.window_mass is not None else ()
+    kept = torch.zeros(layers, query_heads, len(ladder))
 
     def observe(seen: Observed) -> None:
         rows = targets[:: max(1, len(targets) // 64)].to(seen.q.device)
         weights = attention_rows(seen, rows)  # [Hq, rows, N]
         beyond = far_slots(rows, length, sparse.window_tokens, sparse.sink_tokens)
         tables["far"][seen.layer] = (weights * beyond).sum(-1).mean(-1).cpu()
+        if ladder:
+            kept[seen.layer] = kept_mass(weights, rows, ladder, sparse.sink_tokens).cpu()
         if kind == "span":
             tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
 
@@ -198,7 +220,7 @@ def score_document(
         with torch.no_grad(), recording(model, observe):
             logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device)).logits[0]
     right = (logits.argmax(-1).cpu() == tokens[targets + 1]).float().mean().item()
-    return DocumentScore(kind, length, tables, right if kind == "span" else None)
+    return DocumentScore(kind, length, tables, right if kind == "span" else None, kept if ladder else None)
 
 
 def _effects(
@@ -261,6 +283,58 @@ def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
     logits = (seen.q[0, :, rows].float() @ k.transpose(-1, -2)) * seen.scaling
     slots = torch.arange(k.shape[1], device=k.device)
     return logits.masked_fill(slots > rows[:, None], -torch.inf).softmax(-1)
+
+
+def rungs(window_tokens: int) -> tuple[int, ...]:
+    """Windows to choose from, in tokens, ascending: an eighth, a quarter and a half of the window, and all of it."""
+    shorter = (window_tokens // part for part in (8, 4, 2))
+    return (*(n for n in shorter if n >= SHORTEST_WINDOW_TOKENS), window_tokens)
+
+
+def kept_mass(weights: Tensor, rows: Tensor, ladder: tuple[int, ...], sink_tokens: int) -> Tensor:
+    """[Hq, rungs]: the attention in a rung's window and sinks by that in the longest one's, mean over queries.
+
+    It is the share of what a local head attends to that is left when its window is that short.
+
+    Args:
+        weights: [Hq, rows, N] full attention of the queries at `rows`, which have the whole window behind them.
+        ladder: windows in tokens, the longest last.
+    """
+    slots, sinks = torch.arange(weights.shape[-1], device=rows.device), torch.arange(sink_tokens, device=rows.device)[None]
+    near = [(weights * near_slots(rows, slots, sinks, window)[0, 0]).sum(-1) for window in ladder]
+    return torch.stack([(mass / near[-1].clamp(min=1e-30)).mean(-1) for mass in near], -1)
+
+
+def kept_by_group(scores: list[DocumentScore], heads: HeadMap) -> Tensor:
+    """[layers, KV heads, rungs]: `kept_mass` of the KV head's query head that keeps least, at the length where it does.
+
+    At each length it is the mean of the text documents.
+    """
+    texts = [s for s in scores if s.kept is not None]
+    lengths = sorted({s.length_tokens for s in texts})
+    means = [torch.stack([s.kept for s in texts if s.kept is not None and s.length_tokens == n]).mean(0) for n in lengths]
+    return torch.stack(means).amin(0).unflatten(1, (heads.kv_heads, -1)).amin(2)
+
+
+def with_ladder(heads: HeadMap, kept: Tensor, window_tokens: int, window_mass: float) -> HeadMap:
+    """The same roles, every local KV head with the shortest window that keeps `window_mass`.
+
+    Args:
+        kept: [layers, KV heads, rungs], see `kept_by_group`.
+    """
+    ladder = rungs(window_tokens)
+
+    def shortest(layer: int, kv_head: int) -> int:
+        if kv_head in heads.full_kv_heads(layer):
+            return window_tokens
+        enough = zip(ladder, kept[layer, kv_head].tolist(), strict=True)
+        return next((window for window, mass in enough if mass >= window_mass), window_tokens)
+
+    windows = tuple(
+        None if row is None else tuple(shortest(layer, g) for g in range(heads.kv_heads))
+        for layer, row in enumerate(heads.retrieval)
+    )
+    return replace(heads, windows=windows)
 
 
 def combine(scores: list[DocumentScore], scoring: str) -> Tensor:

@@ -390,6 +390,7 @@ class Info(Common):
         dense = len(heads.layers) * heads.kv_heads * head_dim * 2 * element
         index = units * sparse.index_bytes(element) if artifact.indexer is not None else 0
         full = dense * heads.full_kv_ratio + index
+        held = [window + sparse.sink_tokens for window in heads.held_windows(sparse.window_tokens)]
         result = {
             "base_model": artifact.base_model,
             "sparse": dataclasses.asdict(sparse),
@@ -398,9 +399,8 @@ class Info(Common):
             "full_kv_ratio": heads.full_kv_ratio,
             "dense_cache_bytes_per_token": dense,
             "sparse_cache_bytes_per_far_token": round(full),
-            "sparse_cache_bytes_constant": round(
-                dense * (1 - heads.full_kv_ratio) * (sparse.window_tokens + sparse.sink_tokens)
-            ),
+            "sparse_cache_bytes_constant": sum(held) * head_dim * 2 * element,
+            "local_kv_heads_by_window_tokens": heads.window_counts(sparse.window_tokens),
         }
         _out(str(heads))
         for key, value in result.items():
@@ -450,6 +450,9 @@ class Bench(OfArtifact):
     15 % of them, evenly spread."""
     window_tokens: int = 8192
     """Window of the layer in tokens."""
+    windows: tuple[int, ...] | None = None
+    """Window of every KV head of the layer in tokens, none longer than the layer's; those whose whole cache is kept have the
+    layer's window all the same. Default: the layer's window for all."""
     far_ratio: float = 0.03
     """Share of far tokens that a head of the layer selects; a whole group three times as many."""
     batches: tuple[int, ...] = (1, 8)
@@ -532,6 +535,7 @@ class Bench(OfArtifact):
             far_ratio=self.far_ratio,
             index_dtype=self.index_dtype,
             tile_probability=self.tile_probability,
+            windows=self.windows,
         )
         gpu = device.type == "cuda"
         if not gpu:
@@ -545,7 +549,10 @@ class Bench(OfArtifact):
             device=device,
             dtype=dtype,
         )
-        _out(f"{result['device']}, {result['attention']}; heads {heads}, window {shape.window_tokens}, {result['dtype']}")
+        window = f"window {shape.window_tokens}"
+        if shape.windows is not None:
+            window += f" (by KV head {' '.join(map(str, shape.windows))}, but for those kept whole)"
+        _out(f"{result['device']}, {result['attention']}; heads {heads}, {window}, {result['dtype']}")
         _layer_table("one decode step of a layer", result["rows"], "us", "TB/s")
         read = f"tiles read {self.prefill_far_ratio:.0%} of the far tokens"
         _layer_table(f"prefill of a layer, {read}", result["prefill_rows"], "ms", "TFLOP/s")

@@ -45,7 +45,8 @@ class SparseConfig:
     """What a sparse layer keeps (paper, section 3)."""
 
     window_tokens: int = 8192
-    """Tokens that every local head sees: the query itself and those just before it."""
+    """Tokens that every local head sees: the query itself and those just before it. A head map may give local KV heads
+    shorter windows (window_mass of the calibration)."""
     sink_tokens: int = 4
     """First real tokens of a sequence that every head sees (attention sinks)."""
     index_dim: int = 16
@@ -128,6 +129,9 @@ class CalibrateConfig:
     """Documents per length: repeated spans, questions and ordinary text in turn."""
     needle_tokens: int = 48
     """Length of the repeated needle span in tokens."""
+    window_mass: float | None = None
+    """Give every local KV head the shortest window (an eighth, a quarter, a half or all of window_tokens, at least 128) that
+    keeps this share, in (0, 1], of its attention mass in window and sinks on ordinary text; default: all of it."""
     check_samples: int = 8
     """Retrieval questions that check the choice, dense against dense retrieval heads + window; 0 skips the check."""
     seed: int = 0
@@ -141,6 +145,8 @@ class CalibrateConfig:
         _require(self.scoring in known, "scoring", f"one of {', '.join(known)}", self.scoring)
         _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
+        mass = self.window_mass
+        _require(mass is None or 0.0 < mass <= 1.0, "window_mass", "in (0, 1]", mass)
         _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ class HeadMap:
     """Unit of choice: "head" or "group"."""
     retrieval: tuple[tuple[int, ...] | None, ...]
     """Per layer the retrieval query heads, ascending; None for a layer that is left as it is."""
+    windows: tuple[tuple[int, ...] | None, ...] | None = None
+    """The window ladder: per layer the window of every KV head in tokens, None for a layer that is left as it is. Full KV
+    heads, local query heads on them too, have the whole window_tokens. None without a ladder: so has every KV head."""
 
     def __post_init__(self) -> None:
         _require(self.granularity in ("head", "group"), "granularity", "'head' or 'group'", self.granularity)
@@ -43,6 +47,17 @@ class HeadMap:
             if self.granularity == "group":
                 whole = set(heads) == {h for g in self.full_kv_heads(layer) for h in self.group(g)}
                 _require(whole, f"retrieval[{layer}]", "made of whole KV groups", heads)
+        if self.windows is None:
+            return
+        count = len(self.retrieval)
+        _require(len(self.windows) == count, "windows", f"one entry for each of {count} layers", self.windows)
+        for layer, (heads, windows) in enumerate(zip(self.retrieval, self.windows, strict=True)):
+            expected = "null, as the layer is left as it is"
+            fits = windows is None
+            if heads is not None:
+                expected = f"{self.kv_heads} windows (one per KV head) of at least 1 token"
+                fits = windows is not None and len(windows) == self.kv_heads and min(windows) >= 1
+            _require(fits, f"windows[{layer}]", expected, windows)
 
     @property
     def group_size(self) -> int:
@@ -75,6 +90,33 @@ class HeadMap:
         """KV head of every index unit, in the order of their query heads."""
         heads = self.retrieval_heads(layer)
         return tuple(h // self.group_size for h in heads[:: self.heads_per_unit])
+
+    def check_windows(self, window_tokens: int) -> None:
+        """ValueError where a window is longer than `window_tokens`, or that of a full KV head is not just that."""
+        for layer in self.layers if self.windows is not None else ():
+            for head, window in enumerate(self.kv_windows(layer, window_tokens)):
+                full = head in self.full_kv_heads(layer)
+                name = f"windows[{layer}] of {'full' if full else 'local'} KV head {head}"
+                expected = f"{'' if full else 'at most '}window_tokens ({window_tokens})"
+                _require(window == window_tokens if full else window <= window_tokens, name, expected, window)
+
+    def kv_windows(self, layer: int, window_tokens: int) -> tuple[int, ...]:
+        """Window of every KV head of a converted layer, in tokens."""
+        return (self.windows and self.windows[layer]) or (window_tokens,) * self.kv_heads
+
+    def local_windows(self, layer: int, window_tokens: int) -> tuple[int, ...]:
+        """Windows of the local KV heads of a converted layer, in tokens, in the order of the heads."""
+        full = self.full_kv_heads(layer)
+        return tuple(w for head, w in enumerate(self.kv_windows(layer, window_tokens)) if head not in full)
+
+    def held_windows(self, window_tokens: int) -> list[int]:
+        """Of every local KV head the window that its cache holds, in tokens: the longest of its layer's local ones."""
+        by_layer = [self.local_windows(i, window_tokens) for i in self.layers]
+        return [max(windows) for windows in by_layer for _ in windows]
+
+    def window_counts(self, window_tokens: int) -> dict[int, int]:
+        """How many local KV heads have which window, in tokens, ascending."""
+        return dict(sorted(Counter(w for i in self.layers for w in self.local_windows(i, window_tokens)).items()))
 
     @property
     def ratio(self) -> float:
@@ -148,24 +190,23 @@ class HeadMap:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, the artefact's `heads` section."""
-        return {
+        values: dict[str, Any] = {
             "query_heads": self.query_heads,
             "kv_heads": self.kv_heads,
             "granularity": self.granularity,
             "retrieval": [None if heads is None else list(heads) for heads in self.retrieval],
         }
+        if self.windows is not None:
+            values["windows"] = [None if row is None else list(row) for row in self.windows]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadMap:
         """Inverse of `to_dict`; ValueError for unknown or impossible entries."""
-        rows = values.get("retrieval")
-        if not isinstance(rows, list):
-            raise ValueError(f"heads.retrieval must be a list with one entry per layer, got {rows!r}.")
-        for layer, row in enumerate(rows):
-            numbers = row is None or (isinstance(row, list) and all(type(h) is int for h in row))
-            _require(numbers, f"heads.retrieval[{layer}]", "a list of head numbers or null", row)
-        retrieval = tuple(None if row is None else tuple(row) for row in rows)
-        return from_dict(cls, {**values, "retrieval": retrieval}, where="the head map")
+        tables = {"retrieval": _table(values.get("retrieval"), "retrieval", "head numbers")}
+        if values.get("windows") is not None:
+            tables["windows"] = _table(values["windows"], "windows", "tokens")
+        return from_dict(cls, {**values, **tables}, where="the head map")
 
     def __str__(self) -> str:
         """The map as text: a line per layer, `R` retrieval, `l` local query head whose KV head is full, `.` local."""
@@ -179,4 +220,17 @@ class HeadMap:
             groups = ["".join(cells[g * self.group_size : (g + 1) * self.group_size]) for g in range(self.kv_heads)]
             lines.append(f"{layer:3d}  {' '.join(groups)}")
         lines.append(f"retrieval heads {self.ratio:.1%}, KV heads kept in full {self.full_kv_ratio:.1%}")
+        if self.windows is not None:
+            counts = [f"{n} of {window} tokens" for window, n in self.window_counts(0).items()]
+            lines.append(f"windows of local KV heads: {', '.join(counts) or 'none'}")
         return "\n".join(lines)
+
+
+def _table(rows: Any, name: str, what: str) -> tuple[tuple[int, ...] | None, ...]:
+    """A JSON list with a list of numbers or null for each layer, as tuples."""
+    if not isinstance(rows, list):
+        raise ValueError(f"heads.{name} must be a list with one entry per layer, got {rows!r}.")
+    for layer, row in enumerate(rows):
+        numbers = row is None or (isinstance(row, list) and all(type(n) is int for n in row))
+        _require(numbers, f"heads.{name}[{layer}]", f"a list of {what} or null", row)
+    return tuple(None if row is None else tuple(row) for row in rows)

@@ -229,7 +229,8 @@ def computed_cache(artifact: Artifact, dense: dict[str, float], lengths: list[fl
         return {}
     full = sum(len(heads.full_kv_heads(i)) for i in heads.layers)
     units = sum(len(heads.units(i)) for i in heads.layers) * (artifact.indexer is not None)
-    local = [(every - full) * min(n, sparse.window_tokens - 1 + sparse.sink_tokens) for n in lengths]
+    held = [window - 1 + sparse.sink_tokens for window in heads.held_windows(sparse.window_tokens)]
+    local = [sum(min(n, most) for most in held) for n in lengths]
     index = units * sparse.index_bytes(round(width))
     found = [width * 2 * dim * (full * n + near) + index * n for n, near in zip(lengths, local, strict=True)]
     return {"dense": [width * 2 * dim * every * n for n in lengths], "sparse": found}
@@ -313,6 +314,7 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     heads = artifact.heads
     index = f"selects far tokens with {artifact.config.rule}" if artifact.indexer is not None else "none yet"
     weights = {"lora": "a LoRA adapter", "full": "a whole model"}.get(artifact.weights_kind or "", "none yet")
+    window = f"{'' if heads.windows is None else 'at most '}{artifact.config.window_tokens:,}"
     rows = measured_rows(artifact, evaluation)
     lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{CAPTION}"
@@ -328,7 +330,7 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
 # {_plain(shown)}, sparse with RTPurbo
 
 A sparse-attention version of {_plain(shown)}, made with [RTPurbo](https://arxiv.org/abs/2605.16928): a few retrieval heads
-read far tokens, all other heads see a window of {artifact.config.window_tokens:,} tokens and {artifact.config.sink_tokens}
+read far tokens, all other heads see a window of {window} tokens and {artifact.config.sink_tokens}
 sinks. This repository holds what is added to the base model:
 
 - head map: {heads.ratio:.1%} of the query heads retrieve, {heads.full_kv_ratio:.1%} of the KV heads keep their whole cache

@@ -225,6 +225,7 @@ def finished_stage(
         return None
     got = dict(record["settings"])
     if name == "calibrate":
+        got.setdefault("window_mass", None)  # it was not there yet
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
         if record.get("sparse") != sparse.to_dict():

@@ -138,10 +138,10 @@ def write_speed_plot(result: dict[str, Any], output: Path) -> None:
             plot = _figure(phase, caption, traces, x=x_axis, y=y_axis)
         figures.append(f"<section><h2>{phase.capitalize()}</h2>{plot}</section>")
     shape = result["shape"]
+    window = f"{'at most ' if shape.get('windows') else ''}{card.tokens(shape['window_tokens'])}"
     about = (
         f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads and {shape['head_dim']} dimensions, window of "
-        f"{card.tokens(shape['window_tokens'])}; {result['device']}, {result['dtype']}, PyTorch {result['torch']}, "
-        f"{result['attention']}."
+        f"{window}; {result['device']}, {result['dtype']}, PyTorch {result['torch']}, {result['attention']}."
     )
     body = f"""<header><p class=caption>RTPurbo bench</p><h1>Speed of one attention layer</h1><p>{escape(about)}</p></header>
 <main class="grid two">{"".join(figures)}</main>"""
@@ -171,10 +171,11 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
         "Cache": _cache(artifact, pairs) if pairs else "",
         "Settings": _settings(artifact, evaluation),
     }
+    window = f"{'' if artifact.heads.windows is None else 'at most '}{card.tokens(sparse.window_tokens)}"
     body = f"""<header>
 <p class=caption>RTPurbo report</p>
 <h1>{name.replace("/", "/<wbr>")}</h1>
-<p>Sparse version: every head sees a window of {card.tokens(sparse.window_tokens)} and {sparse.sink_tokens} sinks; retrieval
+<p>Sparse version: every head sees a window of {window} and {sparse.sink_tokens} sinks; retrieval
 heads also read {"all earlier tokens" if artifact.indexer is None else index}.</p>
 <div class=tiles>{"".join(f"<div><b>{value}</b>{what}</div>" for value, what in tiles)}</div>
 <noscript><p class=note>The figures need JavaScript.</p></noscript>

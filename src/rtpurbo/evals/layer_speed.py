@@ -61,6 +61,8 @@ class LayerShape:
     unit_size: int = 1
     """Query heads that share one selection: 1, or query_heads / kv_heads for whole groups."""
     window_tokens: int = 8192
+    windows: tuple[int, ...] | None = None
+    """Window of every KV head, of which those that are kept whole take no notice; None: window_tokens."""
     sink_tokens: int = 4
     top_p: float = 1.0
     min_probability: float = 1e-4
@@ -88,6 +90,18 @@ class LayerShape:
         return len({h // (self.query_heads // self.kv_heads) for h in self.retrieval})
 
     @property
+    def kv_windows(self) -> tuple[int, ...]:
+        """Window of every KV head in tokens."""
+        whole = self.kv_rows[: self.full_rows]
+        its = self.windows or (self.window_tokens,) * self.kv_heads
+        return tuple(self.window_tokens if head in whole else window for head, window in enumerate(its))
+
+    @property
+    def held_tokens(self) -> int:
+        """Window that the cache of the other KV heads holds: the longest of theirs."""
+        return max((self.kv_windows[head] for head in self.kv_rows[self.full_rows :]), default=self.window_tokens)
+
+    @property
     def head_units(self) -> tuple[int, ...]:
         """Index unit of every query head, -1 for local ones."""
         units = {h: i // self.unit_size for i, h in enumerate(self.retrieval)}
@@ -103,11 +117,13 @@ def layer_shape(
     sink_tokens: int = 4,
     index_dtype: IndexDtype = "auto",
     tile_probability: float = 0.0,
+    windows: tuple[int, ...] | None = None,
 ) -> LayerShape:
     """The layer that "query heads/KV heads/head dimension" describes.
 
     Args:
         retrieval: retrieval query heads; None: `RETRIEVAL` of 32 heads, else 15 % of the heads, evenly spread.
+        windows: window of every KV head in tokens, none longer than `window_tokens`; None: `window_tokens` for all.
 
     Raises:
         ValueError: not three numbers that fit, retrieval heads it does not have, or settings out of range.
@@ -127,6 +143,11 @@ def layer_shape(
         raise ValueError(f"retrieval must be heads below {query_heads}, got {', '.join(map(str, retrieval))}.")
     if window_tokens < 1:
         raise ValueError(f"window_tokens must be at least 1, got {window_tokens}.")
+    if windows is not None and (len(windows) != kv_heads or not all(1 <= n <= window_tokens for n in windows)):
+        raise ValueError(
+            f"windows must be one for each of {kv_heads} KV heads, from 1 to window_tokens ({window_tokens}), got "
+            f"{', '.join(map(str, windows)) or 'none'}."
+        )
     if not 0.0 <= far_ratio <= 1.0:
         raise ValueError(f"far_ratio must be in [0, 1], got {far_ratio}.")
     if index_dtype not in ("auto", "float8"):
@@ -136,6 +157,7 @@ def layer_shape(
     return LayerShape(
         query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, retrieval=heads, window_tokens=window_tokens,
         sink_tokens=sink_tokens, far_ratio=far_ratio, index_dtype=index_dtype, tile_probability=tile_probability,
+        windows=windows,
     )  # fmt: skip
 
 
@@ -150,7 +172,7 @@ def sparse_step(shape: LayerShape, batch: int, slots: int, *, device: torch.devi
     q = draw(batch, heads, shape.query_heads // heads, dim)
     k, v = draw(batch, heads, slots, dim), draw(batch, heads, slots, dim)
     rows = list(shape.kv_rows)
-    first = max(0, slots - shape.window_tokens)
+    first = max(0, slots - shape.held_tokens)
     sinks = sink_slots(None, shape.sink_tokens, device=device)
     chosen = torch.rand(batch, shape.units, slots, generator=generator, device=device) < shape.far_ratio
     index_q = draw(batch, shape.units, shape.index_dim)
@@ -162,7 +184,8 @@ def sparse_step(shape: LayerShape, batch: int, slots: int, *, device: torch.devi
     local = [x[:, rows[shape.full_rows :], first:].contiguous() for x in (k, v)]
     sink = [gather_slots(x[:, rows[shape.full_rows :]], sinks) for x in (k, v)]
     slot = torch.arange(slots, device=device)
-    near = (slot >= first) | (slot < shape.sink_tokens)
+    windows = torch.tensor(shape.kv_windows, device=device).repeat_interleave(shape.query_heads // heads)
+    near = (slot >= slots - windows[:, None]) | (slot < shape.sink_tokens)
     group_units = torch.tensor(shape.head_units, device=device)
     keep = near.expand(batch, shape.query_heads, slots)
     if shape.units:
@@ -171,7 +194,7 @@ def sparse_step(shape: LayerShape, batch: int, slots: int, *, device: torch.devi
     def step() -> Tensor:
         return ops.decode_attention(
             q, full[0], full[1], local[0], local[1], sink[0], sink[1], index_q, index_k, kv_rows=shape.kv_rows,
-            head_units=shape.head_units, slots=slots, sinks=sinks, window_tokens=shape.window_tokens, top_p=shape.top_p,
+            head_units=shape.head_units, slots=slots, sinks=sinks, window_tokens=shape.kv_windows, top_p=shape.top_p,
             min_probability=shape.min_probability, scaling=dim**-0.5,
         )  # fmt: skip
 
@@ -206,7 +229,7 @@ def prefill_step(shape: LayerShape, slots: int, *, device: torch.device, dtype: 
     def step() -> Tensor:
         return ops.prefill_attention(
             q, full_k, full_v, local_k, local_v, sink_k, sink_v, index_q, index_k, kv_rows=shape.kv_rows,
-            head_units=shape.head_units, first_slot=0, sinks=sinks, window_tokens=shape.window_tokens, top_p=shape.top_p,
+            head_units=shape.head_units, first_slot=0, sinks=sinks, window_tokens=shape.kv_windows, top_p=shape.top_p,
             min_probability=shape.min_probability, tile_probability=shape.tile_probability, scaling=shape.head_dim**-0.5,
         )  # fmt: skip
 
@@ -220,9 +243,9 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
     generator = torch.Generator().manual_seed(0)
     at = torch.cat([torch.randint(slots, (14,), generator=generator), torch.tensor([0, slots - 1])]).to(q.device)
     age = at[:, None] - torch.arange(slots, device=q.device)
-    near = (age < shape.window_tokens) | (torch.arange(slots, device=q.device) < shape.sink_tokens)
+    is_sink = torch.arange(slots, device=q.device) < shape.sink_tokens
     units = torch.tensor(shape.head_units, device=q.device)
-    whole = torch.zeros_like(near)  # what a tile reads before the window of its later positions
+    whole = torch.zeros_like(age, dtype=torch.bool)  # what a tile reads before the window of its later positions
     if shape.tile_probability:
         first = tile_window(at, shape.window_tokens, tile_positions(shape.unit_size, shape.head_dim))
         whole = torch.arange(slots, device=q.device) >= first[:, None]
@@ -236,7 +259,7 @@ def prefill_error(shape: LayerShape, step: Callable[[], Tensor], dense: tuple[Te
     true, rounded = [], []
     for row in range(shape.kv_heads):  # one at a time: a million keys of all heads in float32 are gigabytes
         heads = slice(row * group, (row + 1) * group)
-        mask = near.expand(group, -1, -1)
+        mask = ((age < shape.kv_windows[row]) | is_sink).expand(group, -1, -1)
         if shape.units:
             read = chosen[units[heads].clamp(min=0)][:, None] | whole
             mask = mask | (read & (units[heads] >= 0)[:, None, None])

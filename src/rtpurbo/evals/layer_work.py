@@ -45,8 +45,10 @@ def prefill_flops(shape: LayerShape, tokens: int, far_ratio: float) -> tuple[flo
         far_ratio: share of the pairs beyond window and sinks that retrieval heads attend to.
     """
     causal = causal_pairs(tokens)
-    near = near_pairs(tokens, shape.window_tokens, shape.sink_tokens)
-    sparse = shape.query_heads * near + len(shape.retrieval) * far_ratio * (causal - near)
+    by_head = [near_pairs(tokens, window, shape.sink_tokens) for window in shape.kv_windows]
+    near = shape.query_heads // shape.kv_heads * sum(by_head)
+    far = causal - near_pairs(tokens, shape.window_tokens, shape.sink_tokens)
+    sparse = near + len(shape.retrieval) * far_ratio * far
     return 4.0 * shape.head_dim * shape.query_heads * causal, 4.0 * shape.head_dim * sparse
 
 
@@ -57,13 +59,13 @@ def decode_bytes(shape: LayerShape, batch: int, tokens: int, far_ratio: float, *
         far_ratio: share of the tokens beyond window and sinks that a unit selects. Units that share a KV head are taken to
             select independently; what several of them select is read once.
     """
-    window = min(tokens, shape.window_tokens)
-    near = window + min(shape.sink_tokens, tokens - window)
     group = shape.query_heads // shape.kv_heads
-    read = float(shape.kv_heads * near)
+    read = 0.0
     for row in range(shape.kv_heads):
+        window = min(tokens, shape.kv_windows[row])
+        near = window + min(shape.sink_tokens, tokens - window)
         units = set(shape.head_units[row * group : (row + 1) * group]) - {-1}
-        read += (1 - (1 - far_ratio) ** len(units)) * (tokens - near)
+        read += near + (1 - (1 - far_ratio) ** len(units)) * (tokens - near)
     token = 2 * shape.head_dim * element_bytes
     index = shape.units * tokens * shape.index_dim * (1 if shape.index_dtype == "float8" else element_bytes)
     return float(batch * shape.kv_heads * tokens * token), batch * (read * token + index)

@@ -3,7 +3,7 @@
 
 from .decode import decode_attention
 from .prefill import backend, prefill_attention, retrieval_attention, window_attention
-from .reference import far_slots, gather_slots, sink_slots, sparse_attention
+from .reference import far_slots, gather_slots, near_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "far_slots",
     "gather_slots",
     "index_scores",
+    "near_slots",
     "prefill_attention",
     "retrieval_attention",
     "sink_slots",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .prefill import backend
-from .reference import gather_slots, keep_mask, near_slots, visible_slots
+from .reference import gather_slots, keep_mask, near_slots, visible_slots, windows_by_head
 
 
 def decode_attention(
@@ -32,7 +32,7 @@ def decode_attention(
     head_units: tuple[int, ...],
     slots: int,
     sinks: Tensor,
-    window_tokens: int,
+    window_tokens: int | tuple[int, ...],
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
@@ -49,6 +49,7 @@ def decode_attention(
         kv_rows: KV head of every row of full_k, then of local_k.
         head_units: index unit of every query head, -1 for local ones; without an index any number stands for retrieval.
         slots: N.
+        window_tokens: one number, or one for every KV head; full ones have the longest.
         real: [B, N] bool, False for padding; None when nothing is padded.
 
     Returns:
@@ -64,12 +65,19 @@ def decode_attention(
         )  # fmt: skip
     out = torch.empty_like(q)
     group, full_rows = q.shape[2], full_k.shape[1]
+    windows, local = windows_by_head(window_tokens, len(kv_rows)), kv_rows[full_rows:]
+    window_tokens = max(windows)
+    window = partial(decode_window, sinks=sinks, scaling=scaling, real=real)
+    for tokens in sorted({windows[head] for head in local}):
+        rows = [row for row, head in enumerate(local) if windows[head] == tokens]
+        first, heads = max(0, slots - tokens), [local[row] for row in rows]
+        near = [x[:, :, first - slots + x.shape[2] :] for x in (local_k, local_v)]
+        if len(rows) < len(local):
+            near, old = ([x[:, rows] for x in pair] for pair in (near, (sink_k, sink_v)))
+        else:  # nothing is copied
+            old = [sink_k, sink_v]
+        out[:, heads] = window(q[:, heads], *near, *old, first_slot=first)
     first = max(0, slots - window_tokens)
-    window = partial(decode_window, first_slot=first, sinks=sinks, scaling=scaling, real=real)
-    if kv_rows[full_rows:]:
-        heads = list(kv_rows[full_rows:])
-        skip = first - (slots - local_k.shape[2])
-        out[:, heads] = window(q[:, heads], local_k[:, :, skip:], local_v[:, :, skip:], sink_k, sink_v)
     members: dict[int, list[tuple[int, int]]] = {}  # unit -> its query heads as (row, place in the group)
     for row, head in enumerate(kv_rows[:full_rows]):
         mine = head_units[head * group : (head + 1) * group]
@@ -80,7 +88,7 @@ def decode_attention(
             places = [place for place, unit in enumerate(mine) if unit == -1]
             k, v = (x[:, row : row + 1] for x in (full_k, full_v))
             recent, old = [x[:, :, first:] for x in (k, v)], [gather_slots(x, sinks) for x in (k, v)]
-            out[:, head, places] = window(q[:, head, places][:, None], *recent, *old)[:, 0]
+            out[:, head, places] = window(q[:, head, places][:, None], *recent, *old, first_slot=first)[:, 0]
     if members:
         units = [members[u] for u in sorted(members)]
         rows_of = [[kv_rows[row] for row, _ in unit] for unit in units]

@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import LEAST_DOT, LOG2E, _add_tile, _flags, _on
+from .reference import windows_by_head
 from .select import GRID_STEPS, STEP_NATS, leaves_out
 
 UNSEEN = -32768
@@ -219,8 +220,8 @@ def _combined(p_ml, p_acc, first, count, G: tl.constexpr, D: tl.constexpr, HEADS
 @triton.jit(do_not_specialize=["slots", "first_slot", "near", "far"])
 def _attend(
     p_q, p_k, p_v, p_lk, p_lv, p_sk, p_sv, p_sinks, p_bins, p_least, p_list, p_heads, p_row_units, p_head_units,
-    p_lengths, p_real, p_table, p_local_table, p_acc, p_ml, p_arrived, p_out,
-    rows, full_rows, units, slots, width, first_slot, window, near, far, span, sink_count, table_width, scale,
+    p_windows, p_lengths, p_real, p_table, p_local_table, p_acc, p_ml, p_arrived, p_out,
+    rows, full_rows, units, slots, width, first_slot, near, far, span, sink_count, table_width, scale,
     s_kb, s_kh, s_kn, s_lb, s_lh, s_ln, s_page, s_local_page,
     D: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
     NEAR: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, PAGE: tl.constexpr,
@@ -237,7 +238,7 @@ def _attend(
     length = slots
     if RAGGED:
         length = tl.load(p_lengths + batch)
-    edge = tl.maximum(length - window, 0)
+    edge = tl.maximum(length - tl.load(p_windows + row), 0)  # near splits beyond a shorter window find nothing
     head = tl.load(p_heads + row).to(tl.int64)
     o_g, o_d, o_t = tl.arange(0, GROUP), tl.arange(0, D), tl.arange(0, T)
     m_g = o_g < G
@@ -362,10 +363,14 @@ class _Roles:
     """[F, R] units of every full row, -1 for none"""
     head_units: Tensor
     """[F, G] unit of every query head of a full row, -1 for local ones"""
+    windows: Tensor
+    """[Hkv] window of every row in tokens"""
 
 
 @lru_cache(maxsize=4096)
-def _roles(kv_rows: tuple[int, ...], full_rows: int, head_units: tuple[int, ...], device: torch.device) -> _Roles:
+def _roles(
+    kv_rows: tuple[int, ...], full_rows: int, head_units: tuple[int, ...], windows: tuple[int, ...], device: torch.device
+) -> _Roles:
     group = len(head_units) // len(kv_rows)
     per_row = [head_units[g * group : (g + 1) * group] for g in kv_rows[:full_rows]]
     distinct = [sorted({u for u in row if u >= 0}) for row in per_row]
@@ -377,7 +382,8 @@ def _roles(kv_rows: tuple[int, ...], full_rows: int, head_units: tuple[int, ...]
             return torch.tensor(values, dtype=torch.int32, device=device).reshape(shape)
 
         return _Roles(
-            tensor(kv_rows, len(kv_rows)), tensor(padded, full_rows, most), tensor(per_row, full_rows, group)
+            tensor(kv_rows, len(kv_rows)), tensor(padded, full_rows, most), tensor(per_row, full_rows, group),
+            tensor([windows[head] for head in kv_rows], len(kv_rows)),
         )  # fmt: skip
 
 
@@ -474,7 +480,7 @@ def decode_attention(
     head_units: tuple[int, ...],
     slots: int,
     sinks: Tensor,
-    window_tokens: int,
+    window_tokens: int | tuple[int, ...],
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
@@ -505,7 +511,9 @@ def decode_attention(
             raise ValueError(
                 f"Keys and values need one layout with a contiguous head dimension, got strides {k.stride()}, {v.stride()}."
             )
-    roles = _roles(kv_rows, full_rows, head_units, device)
+    windows = windows_by_head(window_tokens, rows)
+    window_tokens = max(windows)
+    roles = _roles(kv_rows, full_rows, head_units, windows, device)
     units = max(head_units) + 1
     far_tokens = max(0, slots - window_tokens) if full_rows else 0
     select = index_k is not None and leaves_out(top_p, min_probability) and far_tokens > 0
@@ -534,10 +542,10 @@ def decode_attention(
     with _on(q):
         _attend[(rows * near + full_rows * far, batch)](
             q.contiguous(), full_k, full_v, local_k, local_v, sink_k.contiguous(), sink_v.contiguous(), sinks, bins, least,
-            chosen, roles.heads, roles.row_units, roles.head_units, sinks if lengths is None else lengths,
-            _flags(real, slots, sinks), *tables, acc, ml,
+            chosen, roles.heads, roles.row_units, roles.head_units, roles.windows,
+            sinks if lengths is None else lengths, _flags(real, slots, sinks), *tables, acc, ml,
             _counters(device, batch * rows * (PARTS + 1), "attend"), out,
-            rows, full_rows, units, slots, width, slots - local_k.shape[2], window_tokens, near, far, span, sinks.shape[1],
+            rows, full_rows, units, slots, width, slots - local_k.shape[2], near, far, span, sinks.shape[1],
             tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
             D=dim, G=group, GROUP=max(LEAST_DOT, heads), HEADS=heads,
             AT_ONCE=max(1, min(PARTS, HELD_VALUES // (heads * dim))),

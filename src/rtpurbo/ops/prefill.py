@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .reference import (
     tile_positions,
     visible_scores,
     visible_slots,
+    windows_by_head,
 )
 from .select import leaves_out, top_p_threshold
 
@@ -86,7 +88,7 @@ def prefill_attention(
     head_units: tuple[int, ...],
     first_slot: int,
     sinks: Tensor,
-    window_tokens: int,
+    window_tokens: int | tuple[int, ...],
     top_p: float,
     scaling: float,
     real: Tensor | None = None,
@@ -103,6 +105,7 @@ def prefill_attention(
         index_q, index_k: [B, U, T, d] and [B, U, N, d]; None: retrieval heads are dense.
         kv_rows: KV head of every row of full_k, then of local_k.
         head_units: index unit of every query head, -1 for local ones.
+        window_tokens: one number, or one for every KV head; full ones have the longest.
         real: [B, N] bool, False for padding; None when nothing is padded.
         tile_probability: above 0, tiles of positions read together (`reference.read_by_tile`) what the index gives one of
             them this much, in place of min_probability; not where anything is trained.
@@ -113,7 +116,13 @@ def prefill_attention(
     full, group = full_k.shape[1], q.shape[1] // len(kv_rows)
     row = [kv_rows.index(head // group) for head in range(len(head_units))]
     retrieval = [head for head, unit in enumerate(head_units) if unit >= 0]
-    on_local = [head for head in range(len(row)) if row[head] >= full]
+    windows = windows_by_head(window_tokens, len(kv_rows))
+    window_tokens = max(windows)
+
+    def window_of(head: int) -> int:
+        return windows[head // group]
+
+    on_local = sorted((head for head in range(len(row)) if row[head] >= full), key=window_of)
     on_full = [head for head, unit in enumerate(head_units) if unit < 0 and row[head] < full]
     units = max(head_units) + 1
     selects = index_q is not None and leaves_out(top_p, min_probability)
@@ -128,9 +137,9 @@ def prefill_attention(
             assert kernels is not None
             assert out is not None
             place = kernels.Place(tuple(heads), tuple(rows), out)
-            return getattr(kernels, function.__name__)(q, *kv, *more, **shared, **rest, place=place)
+            return getattr(kernels, function.__name__)(q, *kv, *more, **(shared | rest), place=place)
         picked = (pick_heads(x, rows) for x in kv)
-        return function(pick_heads(q, heads), *picked, *more, **shared, **rest)
+        return function(pick_heads(q, heads), *picked, *more, **(shared | rest))
 
     shared: dict[str, Any] = {"sinks": sinks, "window_tokens": window_tokens, "scaling": scaling, "real": real}
     parts = []
@@ -139,10 +148,12 @@ def prefill_attention(
         rule["tile_probability"] = 0.0 if trained else tile_probability
         rows = [row[head] for head in retrieval]
         parts.append(attend(retrieval_attention, retrieval, rows, (full_k, full_v), index_q, index_k, **rule))
-    if on_local:
-        rows = [row[head] - full for head in on_local]
-        near = (local_k, local_v, sink_k, sink_v)
-        parts.append(attend(window_attention, on_local, rows, near, first_slot=first_slot))
+    for window, same in groupby(on_local, window_of):
+        heads = list(same)
+        rows = [row[head] - full for head in heads]
+        skip = max(0, local_k.shape[2] - q.shape[2] - window + 1)  # slots that these heads see no more
+        near = (local_k[:, :, skip:], local_v[:, :, skip:], sink_k, sink_v)
+        parts.append(attend(window_attention, heads, rows, near, first_slot=first_slot + skip, window_tokens=window))
     if on_full:
         rows = [row[head] for head in on_full]
         first = max(0, full_k.shape[2] - q.shape[2] - window_tokens)

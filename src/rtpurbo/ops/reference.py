@@ -50,6 +50,11 @@ def near_slots(q_slots: Tensor, k_slots: Tensor, sinks: Tensor, window_tokens: i
     return (window[None] | is_sink[:, None])[:, None]
 
 
+def windows_by_head(window_tokens: int | tuple[int, ...], kv_heads: int) -> tuple[int, ...]:
+    """Window of every KV head in tokens, out of one number or one per KV head."""
+    return (window_tokens,) * kv_heads if isinstance(window_tokens, int) else window_tokens
+
+
 def far_slots(q_slots: Tensor, slots: int, window_tokens: int, sink_tokens: int) -> Tensor:
     """[T, N] bool, in an unpadded sequence: visible, and neither in the query's window nor a sink."""
     k_slots = torch.arange(slots, device=q_slots.device)
@@ -133,7 +138,7 @@ def sparse_attention(
     *,
     retrieval_heads: tuple[int, ...],
     heads_per_unit: int,
-    window_tokens: int,
+    window_tokens: int | tuple[int, ...],
     sink_tokens: int,
     top_p: float,
     scaling: float,
@@ -141,18 +146,23 @@ def sparse_attention(
     min_probability: float = 0.0,
     tile_probability: float = 0.0,
 ) -> Tensor:
-    """Sparse attention of a layer (paper, section 3): q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D]."""
+    """Sparse attention of a layer (paper, section 3): q [B, Hq, T, D], k and v [B, Hkv, N, D] -> [B, Hq, T, D].
+
+    Args:
+        window_tokens: one number, or one for every KV head; those of retrieval heads have the longest.
+    """
     query_heads, kv_heads, queries, slots = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     k_slots = torch.arange(slots, device=q.device)
     q_slots = k_slots[slots - queries :]
     visible = visible_slots(q_slots, k_slots, real)
-    near = near_slots(q_slots, k_slots, sink_slots(real, sink_tokens, device=q.device), window_tokens)
-    allowed = (visible & near).expand(q.shape[0], query_heads, -1, -1).clone()
+    sinks, windows = sink_slots(real, sink_tokens, device=q.device), windows_by_head(window_tokens, kv_heads)
+    each = torch.cat([visible & near_slots(q_slots, k_slots, sinks, window) for window in windows], 1)
+    allowed = each.repeat_interleave(query_heads // kv_heads, 1).expand(q.shape[0], -1, -1, -1).clone()
     if retrieval_heads:
-        tiles = None
+        near, tiles = near_slots(q_slots, k_slots, sinks, max(windows)), None
         if tile_probability:
             size = tile_positions(heads_per_unit, q.shape[3])
-            tiles = partial(read_by_tile, q_slots=q_slots, k_slots=k_slots, window_tokens=window_tokens, positions=size)
+            tiles = partial(read_by_tile, q_slots=q_slots, k_slots=k_slots, window_tokens=max(windows), positions=size)
         keep = keep_mask(
             index_q, index_k, visible=visible, near=near, top_p=top_p, min_probability=tile_probability or min_probability,
             tiles=tiles,
