@@ -36,7 +36,9 @@ LEAST_DOT = 16
 
 def _tiles(head_dim: int) -> dict[str, int]:
     """Queries and keys a tile, and warps: small enough for the registers of every GPU since Ampere."""
-    return {"M": 64, "N": 64, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 3 if head_dim <= 128 else 2}
+    if head_dim > 128:
+        return {"M": 64, "N": 32, "num_warps": 8, "num_stages": 2}
+    return {"M": 64, "N": 64, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 3}
 
 
 def _forward_tiles(head_dim: int, tma: bool = False) -> dict[str, int]:
