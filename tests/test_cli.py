@@ -212,6 +212,7 @@ def test_doctor():
     code, out, _ = run("doctor")
     assert code == 0
     assert "self_test_passed" in out
+    assert "prefill_windows" in out
 
 
 def test_missing_and_unknown_models(tmp_path):
@@ -315,7 +316,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path,
 
 def test_doctor_writes_its_output(tmp_path):
     assert run("doctor", "--output", tmp_path / "doctor.json")[0] == 0
-    assert json.loads((tmp_path / "doctor.json").read_text())["self_test_passed"] is True
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert found["self_test_passed"] is True
+    assert found["prefill_windows"].startswith(("flash-attn-4: ", "triton: ", "torch: the device is cpu"))
 
 
 def test_eval_into_a_file_is_refused(tmp_path, converted):
@@ -349,6 +352,7 @@ def test_bench_of_a_layer(tmp_path):
     result = json.loads((tmp_path / "layer.json").read_text())
     assert [(row["mode"], row["batch"], row["slots"]) for row in result["rows"]] == [("heads", 2, 200), ("groups", 2, 200)]
     assert result["attention"].startswith("torch (")
+    assert result["prefill_windows"].startswith("torch (")
     assert [(row["mode"], row["slots"]) for row in result["prefill_rows"]] == [
         ("heads", 150), ("groups", 150), ("paper", 150),
     ]  # fmt: skip

@@ -528,7 +528,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rtpurbo.ops import decode_kernels, gather_kernels, kernels, reference
+from rtpurbo.ops import decode_kernels, flash4, gather_kernels, kernels, reference
 
 POINTERS = {"p_lse": "*fp32", "p_delta": "*fp32", "p_least": "*fp32", "p_gsk": "*fp32", "p_gsv": "*fp32",
             "p_sinks": "*i32", "p_real": "*u8", "p_sink": "*u8", "p_list": "*i32",
@@ -572,6 +572,9 @@ for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the lar
         how |= {"TMA": capability == 90, "fits": kernels.TMA_SHARED_BYTES if capability == 90 else shared}
         how |= {"LOCAL": True, "SELECT": False, "ONE_ROW": True}
         sizes.append(compiled("_forward", capability, D=dim, d=16, S=16, **tiles, **how))
+        merge = flash4._merge_tile(dim)
+        how = {"module": flash4, "warps": merge.pop("num_warps"), "fits": shared, "ONE_ROW": True}
+        sizes.append(compiled("_merge_sinks", capability, D=dim, S=16, **merge, **how))
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
     for local, select in modes:
         for name in ("_forward", "_backward_queries", "_backward_keys"):

@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
     checked = [torch.float32, torch.bfloat16] if gpus else [torch.float32]
     errors = {str(dtype).removeprefix("torch."): self_test(device, dtype) for dtype in checked}
     backend, why = ops.backend(device.type, torch.bfloat16, 128)
+    windows, why_windows = ops.window_backend(device.type, torch.bfloat16, 128)
     return {
         "rtpurbo": __version__,
         "python": platform.python_version(),
@@ -40,6 +41,7 @@ def examine() -> dict[str, Any]:
         "accelerate": accelerate.__version__,
         "devices": ", ".join(gpus) or f"CPU, {torch.get_num_threads()} threads",
         "attention": f"{backend}: {why}",
+        "prefill_windows": f"{windows}: {why_windows}",
         EMBEDDED: embedded,
         "self_test_largest_error": ", ".join(f"{error:.2e} in {name}" for name, error in errors.items()),
         "self_test_passed": all(error < TOLERANCE[name] for name, error in errors.items()),

@@ -538,10 +538,10 @@ def bench_layer(
         prefill_far_ratio: share of far tokens that a tile of positions reads for its retrieval heads.
 
     Returns:
-        "device", "dtype", "torch", "attention" (which implementation computes, and why), "shape", and "rows" and
-        "prefill_rows" with "parts", the layers they are made of (see `decode_row` and `prefill_row`): means of their
-        times, bytes, FLOPs and kernel times, the largest of their "peak_bytes", the fewest "repeats", and speedup, rates
-        and shares that follow; "refused" where memory does not suffice.
+        "device", "dtype", "torch", "attention" and "prefill_windows" (which implementation computes, and why), "shape",
+        and "rows" and "prefill_rows" with "parts", the layers they are made of (see `decode_row` and `prefill_row`): means
+        of their times, bytes, FLOPs and kernel times, the largest of their "peak_bytes", the fewest "repeats", and speedup,
+        rates and shares that follow; "refused" where memory does not suffice.
 
     Raises:
         ValueError: a length or batch below 1, or a sparse result that is wrong.
@@ -584,11 +584,13 @@ def bench_layer(
     ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     which, why = ops.backend(device.type, dtype, shape.head_dim)
+    windows, why_windows = ops.window_backend(device.type, dtype, shape.head_dim)
     return {
         "device": name,
         "dtype": str(dtype),
         "torch": torch.__version__,
         "attention": f"{which} ({why})",
+        "prefill_windows": f"{windows} ({why_windows})",
         "shape": dataclasses.asdict(shape),
         "rows": rows,
         "prefill_rows": prefill_rows,

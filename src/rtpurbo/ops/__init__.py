@@ -1,8 +1,8 @@
-"""Attention operations. `reference` says what they mean; `prefill` (with Triton `kernels` on a GPU) and `decode` (with
-`decode_kernels`) compute it in bounded memory."""
+"""Attention operations. `reference` says what they mean; `prefill` (on a GPU with Triton `kernels` and `flash4`) and
+`decode` (with `decode_kernels`) compute it in bounded memory."""
 
 from .decode import decode_attention
-from .prefill import backend, prefill_attention, retrieval_attention, window_attention
+from .prefill import backend, prefill_attention, retrieval_attention, window_attention, window_backend
 from .reference import far_slots, gather_slots, near_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
@@ -19,4 +19,5 @@ __all__ = [
     "sparse_attention",
     "top_p_threshold",
     "window_attention",
+    "window_backend",
 ]

@@ -665,6 +665,8 @@ class Place:
     """Row of k and v that each of them reads."""
     out: Tensor
     """Contiguous, of q's shape; the other heads of it are left as they are."""
+    group: int
+    """Query heads that share a KV head, consecutive in q."""
 
 
 def _attend(

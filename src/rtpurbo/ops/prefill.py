@@ -1,6 +1,7 @@
 """Attention of many queries at once, with gradients and without an N x N tensor.
 
-Triton kernels (`kernels.py`) where `backend` says so; else plain PyTorch in pieces of bounded size.
+Triton kernels (`kernels.py`) where `backend` says so, flash-attn-4 (`flash4.py`) for the windows of local heads where
+`window_backend` says so; else plain PyTorch in pieces of bounded size.
 
 Shapes: B batch, H query heads (keys and values already one per query head), T queries, N or L key slots,
 D head dimension, U index units, S query heads per unit, d index dimension. q's slots are the last T.
@@ -52,6 +53,38 @@ def backend(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, s
     return "triton", "kernels for this GPU, dtype and head dimension"
 
 
+def window_backend(
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    queries: int | None = None,
+    padded: bool = False,
+    gradients: bool = False,
+) -> tuple[str, str]:
+    """What computes the windows of local heads in prefill: ("flash-attn-4", "triton" or "torch", why).
+
+    Args:
+        queries: per sequence; None: a long prompt.
+    """
+    which, why = backend(device_type, dtype, head_dim)
+    if which != "triton":
+        return which, why
+    from . import flash4
+
+    if gradients:
+        problem = "its log-sum-exps are merged without gradients"
+    elif padded:
+        problem = "the batch is padded"
+    elif queries is not None and queries < flash4.LEAST_QUERIES:
+        problem = f"{queries} queries are fewer than {flash4.LEAST_QUERIES}"
+    else:
+        problem = flash4.problem(head_dim)
+    if problem:
+        return "triton", f"{why}; not flash-attn-4: {problem}"
+    return "flash-attn-4", f"installed, takes this GPU and head dimension; from {flash4.LEAST_QUERIES} queries on"
+
+
 def _kernels(q: Tensor):
     """The module of kernels when they take `q`, else None."""
     if q.device.type != "cuda" or backend("cuda", q.dtype, q.shape[-1])[0] != "triton":
@@ -94,6 +127,7 @@ def prefill_attention(
     real: Tensor | None = None,
     min_probability: float = 0.0,
     tile_probability: float = 0.0,
+    window_kernel: str | None = None,
 ) -> Tensor:
     """Attention of a layer for many queries, every head by its role (paper, sections 3.1 and 3.2).
 
@@ -109,6 +143,7 @@ def prefill_attention(
         real: [B, N] bool, False for padding; None when nothing is padded.
         tile_probability: above 0, tiles of positions read together (`reference.read_by_tile`) what the index gives one of
             them this much, in place of min_probability; not where anything is trained.
+        window_kernel: "flash-attn-4" or "triton" where nothing is padded or trained, for comparisons; None: `window_backend` says.
 
     Returns:
         [B, Hq, T, D]
@@ -125,19 +160,24 @@ def prefill_attention(
     on_local = sorted((head for head in range(len(row)) if row[head] >= full), key=window_of)
     on_full = [head for head, unit in enumerate(head_units) if unit < 0 and row[head] < full]
     units = max(head_units) + 1
-    selects = index_q is not None and leaves_out(top_p, min_probability)
     trained = needs_gradient(q, full_k, full_v, local_k, local_v, sink_k, sink_v)  # a layer's values may be, its queries not
     kernels = None if trained else _kernels(q)
-    in_place = kernels is not None and (selects or not retrieval)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if in_place else None
+    if window_kernel is None and kernels is not None:
+        device, queries, dim = q.device.type, q.shape[2], q.shape[3]
+        window_kernel, _ = window_backend(device, q.dtype, dim, queries=queries, padded=real is not None)
+    out = None if kernels is None else torch.empty_like(q, memory_format=torch.contiguous_format)
 
     def attend(function: Callable, heads: list[int], rows: list[int], kv: tuple[Tensor, ...], *more: Tensor | None, **rest):
         """The attention of some heads: written to `out` by a kernel, else returned."""
-        if in_place:
-            assert kernels is not None
+        if kernels is not None:
             assert out is not None
-            place = kernels.Place(tuple(heads), tuple(rows), out)
-            return getattr(kernels, function.__name__)(q, *kv, *more, **(shared | rest), place=place)
+            place = kernels.Place(tuple(heads), tuple(rows), out, group)
+            module = kernels
+            if function is window_attention and window_kernel == "flash-attn-4" and real is None:
+                from . import flash4
+
+                module = flash4 if flash4.fits(place) else kernels
+            return getattr(module, function.__name__)(q, *kv, *more, **(shared | rest), place=place)
         picked = (pick_heads(x, rows) for x in kv)
         return function(pick_heads(q, heads), *picked, *more, **(shared | rest))
 
