@@ -143,7 +143,8 @@ def prefill_attention(
         real: [B, N] bool, False for padding; None when nothing is padded.
         tile_probability: above 0, tiles of positions read together (`reference.read_by_tile`) what the index gives one of
             them this much, in place of min_probability; not where anything is trained.
-        window_kernel: "flash-attn-4" or "triton" where nothing is padded or trained, for comparisons; None: `window_backend` says.
+        window_kernel: "flash-attn-4" or "triton", for comparisons where nothing is padded or trained; None: `window_backend`
+            says.
 
     Returns:
         [B, Hq, T, D]
