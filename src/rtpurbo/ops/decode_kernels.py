@@ -440,6 +440,14 @@ def thresholds(
     Returns:
         [B, U, N] int16 (undefined beyond a sequence's length), [B, U] int32.
     """
+    bins, least, _ = _launch_score(index_q, index_k, top_p, min_probability, real, lengths)
+    return bins[..., : index_k.shape[2]], least
+
+
+def _launch_score(
+    index_q: Tensor, index_k: Tensor, top_p: float, min_probability: float, real: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(grid scores in whole tiles, thresholds, what the launch works on: to be kept until no other one runs beside it)."""
     batch, units, slots, dim = index_k.shape
     device = index_q.device
     if index_k.dtype == torch.float8_e4m3fn and not _reads_float8(device):
@@ -453,16 +461,17 @@ def thresholds(
     tops = torch.empty(batch, units, splits + sets, dtype=torch.int32, device=device)
     mass = torch.empty(batch, units, splits + sets, dtype=torch.float32, device=device)
     least = torch.empty(batch, units, dtype=torch.int32, device=device)
+    index_q, flags = index_q.contiguous(), _flags(real, slots, least)
     with _on(index_q):
         _score[(splits, batch * units)](
-            index_q.contiguous(), index_k, _flags(real, slots, least), least if lengths is None else lengths, bins, counts,
+            index_q, index_k, flags, least if lengths is None else lengths, bins, counts,
             tops, mass, _counters(device, batch * units * (PARTS + 1), "score"), least, units, slots, width, span, splits,
             top_p, min_probability, *index_k.stride()[:3],
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
             PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, OVERLAP=_overlaps(device), SEARCH=search,
             num_warps=8,
         )  # fmt: skip
-    return bins[..., :slots], least
+    return bins, least, (index_q, flags, counts, tops, mass)
 
 
 def decode_attention(
@@ -520,11 +529,6 @@ def decode_attention(
     per_row = roles.row_units.shape[1] if full_rows else 1
     if select and per_row > 1 and slots > 1 << (32 - per_row):
         raise ValueError(f"{per_row} selections in one KV group allow at most {1 << (32 - per_row)} tokens, got {slots}.")
-    bins = least = roles.heads
-    if select:
-        assert index_q is not None
-        assert index_k is not None
-        bins, least = thresholds(index_q, index_k, top_p=top_p, min_probability=min_probability, real=real, lengths=lengths)
     near_tokens = max(NEAR_TOKENS, triton.next_power_of_2(-(-min(window_tokens, slots) * 2 // PARTS**2)))
     near = -(-min(window_tokens, slots) // near_tokens)
     span, far = 0, 0
@@ -539,12 +543,19 @@ def decode_attention(
     heads, overlap = triton.next_power_of_2(group), select and _overlaps(device)
     both = (full_k, local_k)
     strides = [(0, x.stride(2), x.stride(1)) if page else x.stride()[:3] for x in both]
+    q, sink_k, sink_v, flags = q.contiguous(), sink_k.contiguous(), sink_v.contiguous(), _flags(real, slots, sinks)
+    arrived = _counters(device, batch * rows * (PARTS + 1), "attend")
+    bins = least = roles.heads
+    held: tuple[Tensor, ...] = ()
+    if select:  # nothing may be launched, or given the memory of `held`, between this launch and the next: they overlap
+        assert index_q is not None
+        assert index_k is not None
+        bins, least, held = _launch_score(index_q, index_k, top_p, min_probability, real, lengths)
     with _on(q):
         _attend[(rows * near + full_rows * far, batch)](
-            q.contiguous(), full_k, full_v, local_k, local_v, sink_k.contiguous(), sink_v.contiguous(), sinks, bins, least,
+            q, full_k, full_v, local_k, local_v, sink_k, sink_v, sinks, bins, least,
             chosen, roles.heads, roles.row_units, roles.head_units, roles.windows,
-            sinks if lengths is None else lengths, _flags(real, slots, sinks), *tables, acc, ml,
-            _counters(device, batch * rows * (PARTS + 1), "attend"), out,
+            sinks if lengths is None else lengths, flags, *tables, acc, ml, arrived, out,
             rows, full_rows, units, slots, width, slots - local_k.shape[2], near, far, span, sinks.shape[1],
             tables[0].shape[1], scaling * LOG2E, *strides[0], *strides[1], full_k.stride(0), local_k.stride(0),
             D=dim, G=group, GROUP=max(LEAST_DOT, heads), HEADS=heads,
@@ -554,4 +565,5 @@ def decode_attention(
             RAGGED=lengths is not None, ONE_ROW=sinks.shape[0] == 1, LOWEST=UNSEEN, OVERLAP=overlap, num_warps=4,
             **{"launch_pdl": True} if overlap else {},
         )  # fmt: skip
+    del held
     return out
