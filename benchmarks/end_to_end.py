@@ -575,10 +575,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def checked_shares(model: Any, ids: Tensor, args: argparse.Namespace) -> dict[str, float] | str:
     """`selected_shares` of a row, checked where they are replayed; or why memory does not suffice to measure them."""
-    from rtpurbo.ops.gather_kernels import positions  # needs Triton, as the model did not
+    from rtpurbo.ops.reference import tile_positions
 
     state = state_of(model)
-    tile = positions(state.heads.heads_per_unit, head_counts(model)[3])
+    tile = tile_positions(state.heads.heads_per_unit, head_counts(model)[3])
     try:
         got = selected_shares(model, ids, chunk_tokens=args.chunk_tokens, tile_positions=tile)
     except torch.OutOfMemoryError as problem:
