@@ -272,7 +272,7 @@ def speed_svg(found: dict[str, Any] | None = None) -> str:
             y = place(lengths[0], i * step)[1]
             parts.append(f'<path d="M{left} {y:.1f}h270" stroke="{INK}" stroke-opacity="0.3"/>')
             text(left - 6, y + 4, f"{i * step:g}", "end")
-        for slots in lengths:
+        for slots in (n for n in lengths if math.log2(n).is_integer()):  # others lie too close
             text(place(slots, 0)[0], 350, f"{slots // 1024}K", "middle")
         text(left + 135, 370, "tokens", "middle")
         labels = []

@@ -185,6 +185,18 @@ def test_float8_index_keys_are_the_same_however_they_are_fed(heads):
             assert (got.float() == want.float()).float().mean() > 0.999  # a last bit may tip a key over
 
 
+def test_a_cache_keeps_its_index_dtype(heads):
+    model, ids = shared_model("llama"), tokens(40)
+    cache = DynamicCache(config=model.config)
+    for dtype in ("auto", "float8"):
+        with attached(model, heads, dataclasses.replace(CONFIG, index_dtype=dtype), random_indexer(heads)):
+            if dtype == "auto":
+                logits(model, ids, cache=cache, chunks=[40])
+            else:
+                with pytest.raises(ValueError, match="Start a new cache after changing index_dtype"):
+                    logits(model, ids, cache=cache, chunks=[40])
+
+
 def test_float8_index_keys_take_one_byte_a_dimension(heads):
     model = shared_model("llama", dtype=torch.bfloat16)
     held = {}

@@ -420,6 +420,8 @@ def test_bench_of_a_model_that_cannot_be(tmp_path, converted):
     for flag, value in (("--model", "any/model"), ("--shape", "4/2/16"), ("--plot", tmp_path / "plot.html")):
         message = fails("bench", converted, flag, value)
         assert f"{flag} is of one layer's benchmark, got the artefact {str(converted)!r} too" in message
+    message = fails("bench", converted, "--index-dtype", "float8")
+    assert "--index-dtype is of one layer's benchmark and has no effect on an artefact's model" in message
     missing = tmp_path / "missing" / "plot.html"
     assert f"--plot {str(missing)!r} lies in a directory that does not exist" in fails("bench", "--plot", missing)
 

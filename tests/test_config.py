@@ -49,6 +49,14 @@ def test_sparse_config_fields_and_defaults():
     }  # fmt: skip
 
 
+def test_tiles_need_a_selection():
+    with pytest.raises(ValueError, match=r"tile_probability must be 0 where everything is selected .*, got 0\.1\."):
+        SparseConfig(top_p=1.0, min_probability=0.0, tile_probability=0.1)
+    by_tile = SparseConfig(tile_probability=0.1)
+    assert by_tile.by_p(1.0).tile_probability == by_tile.by_p(0.9).tile_probability == 0.0
+    assert by_tile.rule == "index probability at least 0.0001; in prefill by tile at 0.1"
+
+
 def test_newer_settings_are_named_only_where_they_are_not_the_default():
     """So that artefacts, checksums and records of stages from before them stay what they are."""
     plain, small = SparseConfig(), SparseConfig(index_dtype="float8")

@@ -210,8 +210,9 @@ def test_dense_below_a_length():
         with attached(model, heads, dataclasses.replace(rule, dense_below_tokens=length), indexer):
             return logits(model, ids, None, chunks)
 
-    for chunks in (None, [LENGTH]):
+    for chunks in (None, [LENGTH], [20, 30, 11]):
         assert_same(run(LENGTH + 1, chunks=chunks), dense)
+    for chunks in (None, [LENGTH]):
         assert_same(run(LENGTH, chunks=chunks), run(0))
     everything = dataclasses.replace(CONFIG, top_p=1.0)
     decode = [33, 1]

@@ -142,8 +142,8 @@ def sparse_forward(
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
-    short = short or (below and q.shape[2] > 1 and (layer is None or not layer.is_split))  # every key is still there
-    if short or (not state.local and not selects):
+    view, whole_prefill = None, below and q.shape[2] > 1 and real is None and (layer is None or not layer.is_split)
+    if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         mask = _dense_mask(q.shape[2], length, real, q.device)
         dropout = self.attention_dropout if self.training else 0.0
@@ -154,8 +154,8 @@ def sparse_forward(
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
-    if layer is not None:
-        layer.drop(real)
+    if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
+        layer.drop(real, view)
     return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
 
 

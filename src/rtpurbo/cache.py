@@ -136,6 +136,12 @@ class SparseLayer(CacheLayerMixin):
                 "Some tokens of this cache have no index keys: they were written while everything was selected, or "
                 "without an indexer. Start a new cache to select."
             )
+        held = self._buffers["index_k"].tokens.dtype if index_k is not None and self._length else None
+        if index_k is not None and held not in (None, index_k.dtype) and torch.float8_e4m3fn in (held, index_k.dtype):
+            raise ValueError(
+                f"The index keys of this cache are {held}, new ones {index_k.dtype}. "
+                "Start a new cache after changing index_dtype."
+            )
         new = {"index_k": index_k} if index_k is not None else {}
         if self.is_split:
             new |= {"full_k": pick_heads(k, self.full_heads), "full_v": pick_heads(v, self.full_heads)}
@@ -165,12 +171,12 @@ class SparseLayer(CacheLayerMixin):
         first = self._length - b["local_k"].shape[2]
         return KeyValues(b["full_k"], b["full_v"], b["local_k"], b["local_v"], first, *self._sinks, index_k)
 
-    def drop(self, real: Tensor | None) -> None:
-        """Forget what local KV heads cannot see any more; called after each attention."""
+    def drop(self, real: Tensor | None, view: KeyValues | None = None) -> None:
+        """Forget what local KV heads cannot see any more; called after each attention, with what it read if at hand."""
         if self._length <= self.window_tokens + self.sink_tokens or not self.local_heads:
             return
         if not self.is_split:
-            view = self.view(real)
+            view = view or self.view(real)
             self._sinks = (view.sink_k.clone(), view.sink_v.clone(), view.sinks)
             del self._buffers["k"], self._buffers["v"]
             for name in ("full_k", "full_v", "local_k", "local_v"):

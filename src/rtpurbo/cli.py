@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -428,6 +428,13 @@ class Doctor(Common):
         return result
 
 
+LAYER_SETTINGS = (
+    "retrieval", "window_tokens", "windows", "far_ratio", "batches", "prefill_lengths_tokens", "prefill_far_ratio",
+    "tile_probability", "index_dtype",
+)  # fmt: skip
+"""What `bench` asks about a layer, and not about an artefact's model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench(OfArtifact):
     """Measure speed and cache bytes on this machine, dense and sparse: an artefact's whole model (`bench OUT`), or one
@@ -475,6 +482,12 @@ class Bench(OfArtifact):
                 raise ValueError(
                     f"--{flag} is of one layer's benchmark, got the artefact {self.artifact!r} too, whose whole model would "
                     "be measured; leave one of them out."
+                )
+        for field in fields(self) if self.artifact is not None else ():
+            if field.name in LAYER_SETTINGS and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"--{field.name.replace('_', '-')} is of one layer's benchmark and has no effect on an artefact's "
+                    "model; leave one of them out."
                 )
         result = self.of_layer() if self.artifact is None else self.of_model(self.artifact)
         if self.output:

@@ -63,8 +63,8 @@ class SparseConfig:
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
     dense_below_tokens: int = 0
-    """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are (what local heads dropped stays
-    dropped). For machines on which sparse attention does not pay at short lengths, see `rtpurbo bench`."""
+    """While a sequence is shorter, prefill is dense (in a padded batch its retrieval heads), and in decode the retrieval
+    heads are; what local heads dropped stays dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -73,6 +73,11 @@ class SparseConfig:
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _require(0.0 <= self.min_probability < 1.0, "min_probability", "in [0, 1)", self.min_probability)
         _require(0.0 <= self.tile_probability < 1.0, "tile_probability", "in [0, 1)", self.tile_probability)
+        if self.tile_probability > 0.0 and not self.selects:
+            raise ValueError(
+                f"tile_probability must be 0 where everything is selected (top_p 1, min_probability 0), got "
+                f"{self.tile_probability:g}."
+            )
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
         _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
 
@@ -92,7 +97,9 @@ class SparseConfig:
 
     def by_p(self, top_p: float | None) -> SparseConfig:
         """The same with this p as its whole rule; unchanged for None."""
-        return self if top_p is None else dataclasses.replace(self, top_p=top_p, min_probability=0.0)
+        if top_p is None:
+            return self
+        return dataclasses.replace(self, top_p=top_p, min_probability=0.0, tile_probability=0.0)
 
     def with_options(self, **given: Any) -> SparseConfig:
         """The same with these settings; None leaves one as it is."""
@@ -107,7 +114,8 @@ class SparseConfig:
         """What a query selects, in words."""
         parts = [f"p = {self.top_p:g}"] if self.top_p < 1.0 else []
         parts += [f"index probability at least {self.min_probability:g}"] if self.min_probability > 0.0 else []
-        return " and ".join(parts) or "everything"
+        tile = f"; in prefill by tile at {self.tile_probability:g}" if self.tile_probability > 0.0 else ""
+        return (" and ".join(parts) or "everything") + tile
 
 
 @dataclass(frozen=True, kw_only=True)

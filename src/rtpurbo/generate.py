@@ -32,7 +32,7 @@ def load(
         top_p: select by this p alone, in (0, 1], in place of the artefact's rule.
         index_dtype: keep index keys in this, "auto" or "float8", in place of the artefact's setting.
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
-            sparse attention begins to pay on a machine); default 0.
+            sparse attention begins to pay on a machine); default: the artefact's setting.
         tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...

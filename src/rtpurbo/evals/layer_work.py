@@ -21,6 +21,7 @@ ROLES = {
     "_gather": "attention",
     "_attend": "attention",
     "_forward": "attention",
+    "_merge_sinks": "attention",
 }
 """What the kernels of `ops` are for; "index" is scores and selection. Libraries' attention kernels have "flash" or "fmha" in
 their names; anything else is "other"."""

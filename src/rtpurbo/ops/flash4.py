@@ -39,7 +39,7 @@ def problem(head_dim: int) -> str:
         from flash_attn.cute.interface import flash_attn_func  # noqa: F401
     except PackageNotFoundError:
         return "it is not installed: pip install flash-attn-4"
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
         return f"it cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return ""
 

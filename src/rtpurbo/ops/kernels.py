@@ -3,7 +3,8 @@
 What a query sees is decided tile by tile from slots, padding and index scores; nothing of size T x N reaches memory.
 Tiles of queries and keys are anchored at absolute slots, so a result does not depend on how a prompt was cut.
 
-Shapes: B batch, H query heads (keys and values already one per query head), T queries, L key slots of which the first is
+Shapes: B batch, H query heads (keys and values one per query head, or the rows that a `Place` names), T queries,
+L key slots of which the first is
 `first_slot`, D head dimension, U index units, d index dimension, S sink slots. q's slots are the last T.
 Names in kernels: p_ pointers, b_ tiles, o_ offsets, m_ masks; M queries and N keys a tile.
 """
@@ -520,6 +521,7 @@ class _Call:
         lse = torch.empty(self.q_shape[:3], dtype=torch.float32, device=q.device)
         maps = (numbers(self.heads, q.device), numbers(self.rows, q.device))
         tma = self.index is None and self.real is None and has_tma(q.device)
+        tma = tma and not any(x.data_ptr() % 16 for x in (q, k, v))  # what a tensor descriptor asks for
         tile = _tiles(q.shape[3]) if self.index is not None else _forward_tiles(q.shape[3], tma)
         tiles = (_row_tiles(q, tile["M"]), _row_tiles(k, tile["N"]), _row_tiles(v, tile["N"])) if tma else (q, k, v)
         with _on(q):
@@ -612,6 +614,7 @@ def retrieval_attention(
     index = None
     if index_q is not None and index_k is not None and leaves_out(top_p, min_probability):
         index_q, index_k = _padded_index(index_q), _padded_index(index_k)
+        tile_probability = 0.0 if needs_gradient(q, k, v) else tile_probability
         least = top_p_thresholds(index_q, index_k, real, top_p, tile_probability or min_probability)
         index = (index_q, index_k, least)
     call = _Call(

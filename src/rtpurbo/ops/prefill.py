@@ -229,13 +229,14 @@ def retrieval_attention(
         index_q: [B, U, T, d]; index_k: [B, U, N, d]; None for dense retrieval heads.
         sinks: [B or 1, sink_tokens] slots, -1 for none.
         real: [B, N] bool, False for padding; None when nothing is padded.
-        tile_probability: see `prefill_attention`; 0: every position attends to what it selects itself.
+        tile_probability: see `prefill_attention`; 0, or with gradients: every position attends to what it selects itself.
 
     Returns:
         [B, U*S, T, D]
     """
     batch, heads, queries, _ = q.shape
     slots = k.shape[2]
+    tile_probability = 0.0 if needs_gradient(q, k, v) else tile_probability
     index = (index_q, index_k) if index_q is not None and index_k is not None else None
     if not leaves_out(top_p, min_probability):
         index = None

@@ -160,7 +160,7 @@ def sparse_attention(
     allowed = each.repeat_interleave(query_heads // kv_heads, 1).expand(q.shape[0], -1, -1, -1).clone()
     if retrieval_heads:
         near, tiles = near_slots(q_slots, k_slots, sinks, max(windows)), None
-        if tile_probability:
+        if tile_probability and leaves_out(top_p, min_probability):
             size = tile_positions(heads_per_unit, q.shape[3])
             tiles = partial(read_by_tile, q_slots=q_slots, k_slots=k_slots, window_tokens=max(windows), positions=size)
         keep = keep_mask(
@@ -188,5 +188,7 @@ def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def pick_heads(x: Tensor, heads: list[int]) -> Tensor:
-    """x[:, heads]"""
+    """x[:, heads]; x itself for all of them in order."""
+    if heads == list(range(x.shape[1])):
+        return x
     return x.index_select(1, numbers(tuple(heads), x.device))
