@@ -558,7 +558,8 @@ def compiled(name, capability, module=kernels, types_of=POINTERS, warps=4, stage
 tile = {"M": 64, "N": 64, "D": 64, "d": 16, "S": 16, "ONE_ROW": False, "STEP": 1 / 16, "STEPS": 256,
         "SEARCH": True, "LOWEST": kernels.LOWEST, "TMA": False}
 sizes = []
-for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the largest GPUs of each kind have this much
+asked = int(sys.argv[1])
+for capability, shared in {asked: {80: 166912, 89: 101376, 90: 232448}[asked]}.items():  # what the largest of the kind have
     for heads, dim in ((8, 128), (1, 128), (2, 256)):
         P = reference.tile_positions(heads, dim)
         stages = gather_kernels.stages(dim, heads * P, (capability // 10, capability % 10), shared)
@@ -576,6 +577,8 @@ for capability, shared in ((80, 166912), (89, 101376), (90, 232448)):  # the lar
         how = {"module": flash4, "warps": merge.pop("num_warps"), "fits": shared, "ONE_ROW": True}
         sizes.append(compiled("_merge_sinks", capability, D=dim, S=16, **merge, **how))
 for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, True)])):
+    if capability != asked:
+        continue
     for local, select in modes:
         for name in ("_forward", "_backward_queries", "_backward_keys"):
             sizes.append(compiled(name, capability, LOCAL=local, SELECT=select, PADDED=True, **tile))
@@ -606,9 +609,12 @@ print(json.dumps(sizes))
 """
 
 
-def test_kernels_compile_for_gpus_that_are_not_here():
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_kernels_compile_for_gpus_that_are_not_here(capability):
     """Triton's interpreter lets pass what its compiler refuses; the compiler needs no GPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)], env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(size > 1000 for size in json.loads(done.stdout.splitlines()[-1]))
