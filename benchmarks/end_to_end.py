@@ -29,11 +29,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -404,27 +402,6 @@ def measure(model: Any, ids: Tensor, *, chunk_tokens: int, steps: int, repeats: 
     return row
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment(device: torch.device) -> dict[str, str | None]:
-    """Device, versions and commit that a result belongs to."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    packages = ("torch", "transformers", "triton", "flash-attn-4", "rtpurbo")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-        "torch": torch.__version__,
-        "rtpurbo": rtpurbo.__version__,
-        "commit": commit or None,
-    }
-
-
 def describe(model: Any) -> dict[str, Any]:
     """Shape of the model and what of it is sparse."""
     config = model.config.get_text_config(decoder=True)
@@ -516,7 +493,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     variants = list(dict.fromkeys(args.variants))
     named = {"artifact": args.artifact and args.artifact.name, "model": args.model and public_name(args.model)}
     result: dict[str, Any] = {
-        "environment": environment(model.device),
+        "environment": environment(),
         **describe(model),
         "attention": "{} ({})".format(*ops.backend(model.device.type, model.dtype, head_counts(model)[3])),
         "settings": {name: value for name, value in vars(args).items() if name != "json"} | named,

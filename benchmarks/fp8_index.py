@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 from pathlib import Path
 
 import torch
-import transformers
+from environment import environment
 from torch import Tensor
 
 from rtpurbo.checkpoint import Artifact, check_fingerprint
@@ -156,15 +154,8 @@ def main() -> None:
         by_source[Path(source).name] = table
         for name, row in table.items():
             print(f"{Path(source).name:20s} {name:30s}", {key: round(value, 5) for key, value in row.items()}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
-        "environment": {
-            "device": f"CPU, {torch.get_num_threads()} threads",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "commit": commit,
-        },
+        "environment": environment(),
         "what": "Far tokens that the index selects with its keys stored in fewer bits, against float32 keys; base model in "
         "float32, index of stage 1. recall: share of the tokens selected with float32 keys that are selected too; "
         "extra: other tokens, as a share of the same; mass_kept: full attention on selected tokens, window and sinks; "

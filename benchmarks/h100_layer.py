@@ -8,32 +8,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment
 
-import rtpurbo
-from rtpurbo.evals.layer_speed import LayerShape, _mixed, bench_layer, decode_row, mode_shapes, prefill_row, prefill_shapes
+from rtpurbo.evals.layer_speed import LayerShape, bench_layer, decode_row, mixed, mode_shapes, prefill_row, prefill_shapes
 
 K = 1024
-PACKAGES = ("triton", "transformers", "flash-attn-4")
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """Device, versions and commit that a result belongs to."""
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
-    found["torch"] = torch.__version__
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found | {"rtpurbo": rtpurbo.__version__, "commit": commit or head.stdout.strip() or None}
 
 
 def laddered(layer: LayerShape) -> LayerShape:
@@ -83,7 +67,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def put(variant: str, phase: str, mode: str, batch: int, slots: int, parts: list[tuple[float, dict[str, Any]]]) -> None:
-        row = {"variant": variant, "phase": phase, "mode": mode, "batch": batch, "slots": slots} | _mixed(parts)
+        row = {"variant": variant, "phase": phase, "mode": mode, "batch": batch, "slots": slots} | mixed(parts)
         rows.append(row)
         print(variant, phase, mode, batch, slots, row["sparse_seconds"], row.get("speedup"), flush=True)
         text = json.dumps({"environment": about, "shape": dataclasses.asdict(shape), "rows": rows}, indent=1)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import shutil
-import subprocess
 import time
 import warnings
 from pathlib import Path
 
-import torch
-import transformers
+from environment import environment
 
 import rtpurbo
 from rtpurbo.checkpoint import WORK_DIR
@@ -25,20 +22,6 @@ from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerCo
 from rtpurbo.models import load_model
 from rtpurbo.pipeline import save_stage, verify
 from rtpurbo.report import write_report
-
-
-def environment() -> dict:
-    """Device, versions and commit that a result belongs to."""
-    gpu = torch.cuda.is_available()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rtpurbo": rtpurbo.__version__,
-        "commit": commit or None,
-    }
 
 
 def main() -> None:
@@ -72,7 +55,7 @@ def main() -> None:
     begin = last = time.time()
     out, out_json = args.output / args.name, args.output / f"{args.name}.json"
     result: dict = json.loads(out_json.read_text()) if out_json.is_file() else {"seconds": {}, "evaluation": {}}
-    result["environment"] = {**environment(), "commit": args.commit or environment()["commit"]}
+    result["environment"] = environment(args.commit)
 
     def finished(what: str, **numbers: object) -> None:
         """Print, and write what is known so far; the seconds of a stage that was cut short are those of its last part."""

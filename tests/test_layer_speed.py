@@ -321,7 +321,7 @@ def test_kernel_times_of_a_mode_are_the_mean_of_its_layers():
         seconds = {"sparse_seconds": 1.0, "sparse_flops": 1.0, "dense_flops": 1.0, "dense_seconds": {}}
         return seconds | {"repeats": {"sparse": repeats}, "peak_bytes": int(kernels["_score"]), "kernel_seconds": kernels}
 
-    row = layer_speed._mixed([(0.25, part(3, _score=4.0)), (0.75, part(1, _score=8.0, _attend=4.0))])
+    row = layer_speed.mixed([(0.25, part(3, _score=4.0)), (0.75, part(1, _score=8.0, _attend=4.0))])
     assert row["kernel_seconds"] == {"_score": 7.0, "_attend": 3.0}
     assert row["shares"] == pytest.approx({"index": 0.7, "attention": 0.3, "other": 0.0})
     assert row["peak_bytes"] == 8

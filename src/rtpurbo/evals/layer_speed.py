@@ -557,7 +557,7 @@ def bench_layer(
     ) -> dict[str, Any]:
         """A mode's row out of the layers it is made of."""
         try:
-            return row | _mixed([(weight, measure(layer)) for weight, layer in layers])
+            return row | mixed([(weight, measure(layer)) for weight, layer in layers])
         except torch.OutOfMemoryError as problem:
             return {**row, "refused": str(problem).splitlines()[0]}
 
@@ -610,7 +610,7 @@ def pays_from(rows: list[dict[str, Any]]) -> dict[str, int | None]:
     return found
 
 
-def _mixed(parts: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+def mixed(parts: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """The row of an average layer out of the measured layers it is made of, with their weights."""
     rows = [part for _, part in parts]
     means = ("sparse_seconds", "sparse_cache_bytes", "dense_cache_bytes", "dense_bytes", "sparse_bytes", "dense_flops")
