@@ -275,6 +275,20 @@ def test_a_ladder_equals_the_oracle_however_it_is_fed(windows, granularity, kind
     check_modes(model, heads, CONFIG, indexer, want, ids, mask)
 
 
+def check_random_batch(draw, seed, model, heads, config, indexer):
+    """Rows of any lengths and padding (in the middle of one too), whole and in pieces, against the oracle."""
+    longest = draw.randint(12, 58)
+    ids, mask = left_padded([longest, *(draw.randint(1, longest) for _ in range(draw.randint(0, 3)))], seed)
+    if draw.random() < 0.4:
+        row, start = draw.randrange(len(ids)), draw.randint(3, longest - 2)
+        mask[row, start : min(longest - 1, start + draw.randint(1, 6))] = False
+    with oracle(model, heads, config, indexer):
+        want = logits(model, ids, mask)
+    with attached(model, heads, config, indexer):
+        assert_same(logits(model, ids, mask), want, mask)
+        assert_same(logits(model, ids, mask, [draw.choice([1, 1, 2, 3, 5, 9, 17, 30]) for _ in range(12)]), want, mask)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_ladders(seed):
     draw = random.Random(seed)
@@ -287,16 +301,7 @@ def test_random_ladders(seed):
     windows = [draw.randint(1, config.window_tokens) for _ in range(5)]
     heads = with_windows(head_map(model, "head", rows), windows, config.window_tokens)
     indexer = random_indexer(heads, seed)
-    longest = draw.randint(12, 58)
-    ids, mask = left_padded([longest, *(draw.randint(1, longest) for _ in range(draw.randint(0, 3)))], seed)
-    if draw.random() < 0.4:
-        row, start = draw.randrange(len(ids)), draw.randint(3, longest - 2)
-        mask[row, start : min(longest - 1, start + draw.randint(1, 6))] = False
-    with oracle(model, heads, config, indexer):
-        want = logits(model, ids, mask)
-    with attached(model, heads, config, indexer):
-        assert_same(logits(model, ids, mask), want, mask)
-        assert_same(logits(model, ids, mask, [draw.choice([1, 1, 2, 3, 5, 9, 17, 30]) for _ in range(12)]), want, mask)
+    check_random_batch(draw, seed, model, heads, config, indexer)
 
 
 @pytest.mark.parametrize("heads_and_kv", [(4, 4), (4, 1), (8, 2)])
@@ -333,16 +338,7 @@ def test_random_settings(seed):
         min_probability=draw.choice([0.0, 0.0, 0.03]),
     )  # fmt: skip
     indexer = random_indexer(heads, seed, config.index_dim)
-    longest = draw.randint(12, 58)
-    ids, mask = left_padded([longest, *(draw.randint(1, longest) for _ in range(draw.randint(0, 3)))], seed)
-    if draw.random() < 0.4:
-        row, start = draw.randrange(len(ids)), draw.randint(3, longest - 2)
-        mask[row, start : min(longest - 1, start + draw.randint(1, 6))] = False
-    with oracle(model, heads, config, indexer):
-        want = logits(model, ids, mask)
-    with attached(model, heads, config, indexer):
-        assert_same(logits(model, ids, mask), want, mask)
-        assert_same(logits(model, ids, mask, [draw.choice([1, 1, 2, 3, 5, 9, 17, 30]) for _ in range(12)]), want, mask)
+    check_random_batch(draw, seed, model, heads, config, indexer)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

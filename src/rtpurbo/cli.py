@@ -429,7 +429,8 @@ class Doctor(Common):
 
 
 LAYER_SETTINGS = (
-    "retrieval", "window_tokens", "windows", "far_ratio", "batches", "prefill_lengths_tokens", "prefill_far_ratio",
+    "model", "shape", "plot", "retrieval", "window_tokens", "windows", "far_ratio", "batches", "prefill_lengths_tokens",
+    "prefill_far_ratio",
     "tile_probability", "index_dtype",
 )  # fmt: skip
 """What `bench` asks about a layer, and not about an artefact's model."""
@@ -477,17 +478,11 @@ class Bench(OfArtifact):
 
     def run(self) -> Any:
         """Measure and print a line per length."""
-        for flag in ("model", "shape", "plot"):
-            if self.artifact is not None and getattr(self, flag) is not None:
-                raise ValueError(
-                    f"--{flag} is of one layer's benchmark, got the artefact {self.artifact!r} too, whose whole model would "
-                    "be measured; leave one of them out."
-                )
         for field in fields(self) if self.artifact is not None else ():
             if field.name in LAYER_SETTINGS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--{field.name.replace('_', '-')} is of one layer's benchmark and has no effect on an artefact's "
-                    "model; leave one of them out."
+                    f"--{field.name.replace('_', '-')} is of one layer's benchmark, got the artefact {self.artifact!r} too, "
+                    "whose whole model would be measured; leave one of them out."
                 )
         result = self.of_layer() if self.artifact is None else self.of_model(self.artifact)
         if self.output:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .kernels import LEAST_DOT, LOG2E, _add_tile, _flags, _on
+from .kernels import LEAST_DOT, LOG2E, _add_tile, _flags, _on, gpu
 from .reference import windows_by_head
 from .select import GRID_STEPS, STEP_NATS, leaves_out
 
@@ -401,18 +401,16 @@ def _cut(length: int, tile: int, most: int) -> tuple[int, int]:
     return span * tile, -(-tiles // span)
 
 
-@lru_cache(maxsize=64)
 def _overlaps(device: torch.device) -> bool:
     """Whether the second launch may start before the first one ends (programmatic dependent launch, Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cuda" and gpu(device)[0] >= (9, 0)
 
 
-@lru_cache(maxsize=64)
 def _reads_float8(device: torch.device) -> bool:
     """Whether the GPU converts e4m3 itself (Ada and Hopper on). Others get the codes as bytes: exact too, and so the cache
     is as small on Ampere, whose compiler refuses the type; but several integer operations a number, which a million tokens
     would feel where memory is fast."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and gpu(device)[0] >= (8, 9)
 
 
 def _width(slots: int) -> int:

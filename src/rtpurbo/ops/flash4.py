@@ -12,12 +12,11 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import LEAST_DOT, LOG2E, Place, _add_tile, _on
+from .kernels import LOG2E, Place, _add_sinks, _on, padded_sinks
 from .reference import numbers
 
 HEAD_DIMS = (64, 128, 256)
@@ -79,18 +78,14 @@ def _merge_sinks(
     o_t = tile.to(tl.int64) * M + tl.arange(0, M)
     m_q = o_t < queries
     o_q = last - queries + o_t
-    o_d, o_s = tl.arange(0, D), tl.arange(0, S)
+    o_d = tl.arange(0, D)
     b_q = tl.load(p_q + batch * s_b + head * s_h + o_t[:, None] * s_t + o_d * s_d, mask=m_q[:, None], other=0.0)
     acc = tl.load(p_near + ((batch * queries + o_t[:, None]) * near_heads + near) * D + o_d, mask=m_q[:, None], other=0.0)
     lse = tl.load(p_lse + (batch * near_heads + near) * queries + o_t, mask=m_q, other=0.0)
-    o_kv = (batch * kv_heads + first_row + near // group) * S + o_s[:, None]
-    b_sk = tl.load(p_sk + o_kv * D + o_d)
-    b_sv = tl.load(p_sv + o_kv * D + o_d)
-    b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
-    m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
-    one = tl.full([M], 1.0, tl.float32)
-    peak = lse * 1.4426950408889634
-    _, total, acc = _add_tile(b_q, b_sk, b_sv, m_old, peak, one, acc.to(tl.float32), scale)
+    kv_row = batch * kv_heads + first_row + near // group
+    p_slots = p_sinks + (0 if ONE_ROW else batch) * S
+    one, peak, acc = tl.full([M], 1.0, tl.float32), lse * 1.4426950408889634, acc.to(tl.float32)
+    _, total, acc = _add_sinks(b_q, p_sk, p_sv, p_slots, kv_row, o_q, window, peak, one, acc, scale, D, S)
     o_out = ((batch * q_heads + head) * queries + o_t[:, None]) * D + o_d
     tl.store(p_out + o_out, (acc / total[:, None]).to(p_out.dtype.element_ty), mask=m_q[:, None])
 
@@ -122,9 +117,7 @@ def window_attention(
 
     assert real is None
     batch, q_heads, queries, dim = q.shape
-    pad = max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])) - sinks.shape[1]
-    sink_k, sink_v = (F.pad(x, (0, 0, 0, pad)).contiguous() for x in (sink_k, sink_v))
-    sinks = F.pad(sinks, (0, pad), value=-1).to(torch.int32).contiguous()
+    sink_k, sink_v, sinks = padded_sinks(sink_k, sink_v, sinks)
     tile = _merge_tile(dim)
     for first_group, first_row, groups in _runs(place):
         first, count = first_group * place.group, groups * place.group

@@ -243,6 +243,17 @@ def _add_whole_tile(b_q, b_k, b_v, peak, total, acc, scale):
 
 
 @triton.jit
+def _add_sinks(b_q, p_sk, p_sv, p_sinks, kv_row, o_q, window, peak, total, acc, scale, D: tl.constexpr, S: tl.constexpr):
+    """`_add_tile` of the sinks outside of the queries' windows, keys and values at row kv_row of [rows, S, D]."""
+    o_s, o_d = tl.arange(0, S), tl.arange(0, D)
+    b_sinks = tl.load(p_sinks + o_s)
+    b_sk = tl.load(p_sk + (kv_row * S + o_s[:, None]) * D + o_d)
+    b_sv = tl.load(p_sv + (kv_row * S + o_s[:, None]) * D + o_d)
+    m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
+    return _add_tile(b_q, b_sk, b_sv, m_old, peak, total, acc, scale)
+
+
+@triton.jit
 def _forward(
     p_q, p_k, p_v, t_q, t_k, t_v, p_sk, p_sv, p_sinks, p_iq, p_ik, p_least, p_real, p_sink, p_heads, p_rows, p_out, p_lse,
     queries, length, first_slot, heads, per_unit, window, scale, q_heads, kv_heads,
@@ -298,12 +309,8 @@ def _forward(
             )  # fmt: skip
             peak, total, acc = _add_tile(b_q, b_k, b_v, m_seen, peak, total, acc, scale)
     if LOCAL:  # the sinks last: their tile then takes no shared memory beside the others
-        o_s = tl.arange(0, S)
-        b_sinks = tl.load(p_sinks + (0 if ONE_ROW else batch) * S + o_s)
-        b_sk = tl.load(p_sk + (kv_row * S + o_s[:, None]) * D + o_d)
-        b_sv = tl.load(p_sv + (kv_row * S + o_s[:, None]) * D + o_d)
-        m_old = (b_sinks[None, :] >= 0) & (o_q[:, None] - b_sinks[None, :] >= window)
-        peak, total, acc = _add_tile(b_q, b_sk, b_sv, m_old, peak, total, acc, scale)
+        p_slots = p_sinks + (0 if ONE_ROW else batch) * S
+        peak, total, acc = _add_sinks(b_q, p_sk, p_sv, p_slots, kv_row, o_q, window, peak, total, acc, scale, D, S)
     total = tl.where(m_q, total, 1.0)
     peak = tl.where(m_q, peak, 0.0)
     o_out = (q_row * queries + o_t[:, None]) * D + o_d
@@ -593,6 +600,13 @@ def _padded_index(index: Tensor) -> Tensor:
     return F.pad(index.detach(), (0, dim - index.shape[-1])).contiguous()
 
 
+def padded_sinks(sink_k: Tensor, sink_v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, H, s, D] and slots [B or 1, s] of sinks, up to as many (of slot -1) as a tile product takes."""
+    pad = max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])) - sinks.shape[1]
+    sink_k, sink_v = (F.pad(x, (0, 0, 0, pad)).contiguous() for x in (sink_k, sink_v))
+    return sink_k, sink_v, F.pad(sinks, (0, pad), value=-1).to(torch.int32).contiguous()
+
+
 def retrieval_attention(
     q: Tensor,
     k: Tensor,
@@ -648,11 +662,10 @@ def window_attention(
     place: Place | None = None,
 ) -> Tensor:
     """`prefill.window_attention`, same arguments and meaning; with a `place`, no gradients."""
-    pad = max(LEAST_DOT, triton.next_power_of_2(sinks.shape[1])) - sinks.shape[1]
-    sink_k, sink_v = (F.pad(x, (0, 0, 0, pad)).contiguous() for x in (sink_k, sink_v))
+    sink_k, sink_v, sinks = padded_sinks(sink_k, sink_v, sinks)
     call = _Call(
         q, length=k.shape[2], first_slot=first_slot, window_tokens=window_tokens, scaling=scaling, real=real,
-        sinks=F.pad(sinks, (0, pad), value=-1), local=True, heads=place.heads if place else None,
+        sinks=sinks, local=True, heads=place.heads if place else None,
         rows=place.rows if place else None,
     )  # fmt: skip
     return _attend(q, k, v, sink_k, sink_v, call, place)
