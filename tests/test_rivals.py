@@ -195,6 +195,12 @@ def test_quest_bounds_never_underestimate():
     assert torch.equal(high[0], k[0, :, 48:50].amax(1))
 
 
+def test_quest_scores_equal_keys_exactly_and_takes_the_best_head():
+    q, k = torch.randn(1, KV_HEADS, 3, HEAD_DIM), torch.randn(1, KV_HEADS, 4, HEAD_DIM)
+    scores = quest_scores(q, *quest_bounds(k.repeat_interleave(16, 2), torch.tensor([64])))
+    torch.testing.assert_close(scores, (q @ k.mT).amax(2))
+
+
 @pytest.mark.parametrize("planted", [5, 37, 58])
 def test_quest_reads_the_page_of_a_planted_key(planted):
     q, k = torch.randn(1, 1, 2, HEAD_DIM), 0.1 * torch.randn(1, 1, 70, HEAD_DIM)
