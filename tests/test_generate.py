@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.cache import CACHE, SparseLayer
 from rtpurbo.checkpoint import Artifact
+from rtpurbo.generate import greedy
 from rtpurbo.models import fingerprint
 from tiny import (
     CONFIG,
@@ -121,6 +122,36 @@ def test_ragged_batch_equals_each_row_alone(family):
         for row, real in enumerate(mask):
             alone = model.generate(ids[row, real][None], **GREEDY)
             assert together[row, ids.shape[1] :].tolist() == alone[0, int(real.sum()) :].tolist(), f"row {row}"
+
+
+@pytest.mark.parametrize("lengths", [(9, 37, 60), (37, 61), (3, 50), (5, 9), (41,)])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_prompts_read_one_by_one_and_decoded_together(family, granularity, lengths):
+    model = shared_model(family, dtype=torch.float64)
+    heads = head_map(model, granularity)
+    prompts = [tokens(length, seed=i)[0] for i, length in enumerate(lengths)]
+    dense = greedy(model, prompts, NEW)
+    with attached(model, heads, CONFIG, random_indexer(heads)):
+        together = greedy(model, prompts, NEW)
+        for prompt, row in zip(prompts, together, strict=True):
+            assert torch.equal(model.generate(prompt[None], **GREEDY)[0, len(prompt) :], row)
+    for prompt, row in zip(prompts, dense, strict=True):
+        assert torch.equal(model.generate(prompt[None], **GREEDY)[0, len(prompt) :], row)
+
+
+def test_decoding_together_ends_when_all_rows_have(llama, monkeypatch):
+    prompts = [tokens(37, seed=0)[0], tokens(50, seed=1)[0]]
+    rows = greedy(llama, prompts, NEW)
+    ends = {int(rows[0, 3]), int(rows[1, 7])}
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", sorted(ends))
+    short = greedy(llama, prompts, NEW)
+    stops = [min(i for i, token in enumerate(row.tolist()) if token in ends) for row in rows]
+    assert short.shape[1] == max(stops) + 1
+    for row, whole, stop in zip(short, rows, stops, strict=True):
+        assert torch.equal(row[: stop + 1], whole[: stop + 1])
+        assert (row[stop:] == whole[stop]).all()
+    assert greedy(llama, prompts, NEW, finished=lambda new: new.shape[1] == 2).shape == (2, 2)
 
 
 def test_rows_that_end_early(llama):

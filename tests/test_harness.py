@@ -218,8 +218,8 @@ def test_ruler(model, monkeypatch):
 def test_unknown_tasks_are_named_with_near_ones(model, tasks, monkeypatch, tmp_path):
     import lm_eval.tasks
 
-    few = functools.partial(lm_eval.tasks.TaskManager, include_path=str(tasks))
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults, **kw: few(include_defaults=False, **kw))
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=str(tasks))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults, include_path=None, **more: few(**more))
     with pytest.raises(ValueError, match="Unknown task 'tiny_recal'; near matches: tiny_recall"):
         run(model, config("tiny_recal"))
     with pytest.raises(ValueError, match=r"Task file .*none\.yaml' does not exist"):

@@ -176,13 +176,15 @@ class SparseLayer(CacheLayerMixin):
         if self._length <= self.window_tokens + self.sink_tokens or not self.local_heads:
             return
         if not self.is_split:
-            view = view or self.view(real)
-            self._sinks = (view.sink_k.clone(), view.sink_v.clone(), view.sinks)
-            del self._buffers["k"], self._buffers["v"]
-            for name in ("full_k", "full_v", "local_k", "local_v"):
-                self._buffers[name] = TokenBuffer(getattr(view, name))
+            self._split(view or self.view(real))
         for name in ("local_k", "local_v"):
             self._buffers[name].keep_last(self.window_tokens - 1)
+
+    def _split(self, view: KeyValues) -> None:
+        self._sinks = (view.sink_k.clone(), view.sink_v.clone(), view.sinks)
+        del self._buffers["k"], self._buffers["v"]
+        for name in ("full_k", "full_v", "local_k", "local_v"):
+            self._buffers[name] = TokenBuffer(getattr(view, name))
 
     def _late_sinks(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         """A row that had fewer real tokens than sinks when the layer split takes its missing sinks from new tokens."""
@@ -203,6 +205,28 @@ class SparseLayer(CacheLayerMixin):
         """Allocated bytes of keys, values, sinks and index keys."""
         held = sum(buffer.nbytes for buffer in self._buffers.values())
         return held + (sum(t.untyped_storage().nbytes() for t in self._sinks[:2]) if self._sinks else 0)
+
+    def joined(self, others: list[SparseLayer], pads: list[int]) -> SparseLayer:
+        """One layer of this and other unpadded sequences, each moved right by its number of `pads`; they are used up."""
+        layers = [self, *others]
+        if any(layer.is_split for layer in layers):
+            for layer in layers:
+                if not layer.is_split:
+                    real = layer.all_heads()[0].new_ones(1, layer._length, dtype=torch.bool)
+                    layer._split(layer.view(real))
+            k, v, slots = zip(*(layer._sinks for layer in layers if layer._sinks is not None), strict=True)
+            moved = [torch.where(s < 0, s, s + pad) for s, pad in zip(slots, pads, strict=True)]
+        whole = SparseLayer(
+            full_heads=self.full_heads,
+            local_heads=self.local_heads,
+            window_tokens=self.window_tokens,
+            sink_tokens=self.sink_tokens,
+        )
+        whole._length, whole.is_initialized = self._length + pads[0], True
+        whole._sinks = (torch.cat(k), torch.cat(v), torch.cat(moved)) if self.is_split else None
+        for name in list(self._buffers):
+            whole._buffers[name] = TokenBuffer(_padded([layer._buffers.pop(name).tokens for layer in layers]))
+        return whole
 
     # What transformers' Cache asks of a layer.
 
@@ -307,6 +331,43 @@ def sparse_layer(cache: Cache, layer_idx: int, new_layer) -> SparseLayer:
         )
     cache.layers[layer_idx] = empty
     return empty
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Tokens [B, H, length, D] of several batches as one, shorter ones moved to the right, zeros before them."""
+    longest = max(part.shape[2] for part in parts)
+    rows = [part.new_zeros(*part.shape[:2], longest, part.shape[3]) for part in parts]
+    for row, part in zip(rows, parts, strict=True):
+        row[:, :, longest - part.shape[2] :] = part
+    return torch.cat(rows)
+
+
+def join(caches: list[DynamicCache]) -> tuple[DynamicCache, Tensor]:
+    """One left-padded cache of several of one unpadded sequence each, dense or sparse, which are used up.
+
+    So that prompts of different lengths are read one by one, without padding, and decoded together.
+
+    Returns:
+        The cache, and the mask [sequences, slots] bool of its real tokens.
+
+    Raises:
+        ValueError: a layer of a kind that cannot be joined.
+    """
+    lengths = [cache.get_seq_length() for cache in caches]
+    pads = [max(lengths) - length for length in lengths]
+    whole = DynamicCache()
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        first, *others = layers
+        if hasattr(first, "joined"):
+            layer = first.joined(others, pads)
+        elif type(first) is DynamicLayer:
+            layer = DynamicLayer()
+            layer.update(*(_padded([getattr(one, name) for one in layers]) for name in ("keys", "values")))
+        else:
+            raise ValueError(f"Caches with a {type(first).__name__} cannot be joined; make them by DynamicCache().")
+        whole.layers.append(layer)
+    slots = torch.arange(max(lengths))
+    return whole, slots >= torch.tensor(pads)[:, None]
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -277,6 +277,11 @@ class EvalConfig:
     """Tasks of lm-evaluation-harness to run as well, by name (needs the package lm_eval)."""
     task_limit: int | None = None
     """At most this many samples of each harness task."""
+    task_batch: int = 1
+    """Samples of a harness task that are run together."""
+    ruler_files: str | None = None
+    """Folder with PaulGrahamEssays.json, squad.json and hotpotqa.json for RULER's tasks (`--tasks ruler`); default: they
+    are downloaded."""
     seed: int = 0
     """Seed of the samples."""
 
@@ -290,6 +295,7 @@ class EvalConfig:
         for name in ("loss_documents", "loss_length_tokens", "fidelity_documents", "decode_tokens"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(self.task_limit is None or self.task_limit >= 1, "task_limit", "1 or more", self.task_limit)
+        _require(self.task_batch >= 1, "task_batch", "1 or more", self.task_batch)
         known = ("single", "multi_key", "multi_value", "multi_query")
         for kind in self.kinds:
             _require(kind in known, "kinds", f"among {', '.join(known)}", kind)

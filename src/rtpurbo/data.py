@@ -245,7 +245,7 @@ class Template:
 EVALUATION_TEMPLATE = Template(
     needle="One of the special magic numbers for {key} is: {value}.",
     one="What is the special magic number for {key} mentioned in the text above?\n"
-    "The special magic number for {key} mentioned in the text above is",
+    "The special magic number for {key} mentioned in the text above is:",
     several="What are all the special magic numbers for {key} mentioned in the text above?\n"
     "The special magic numbers for {key} mentioned in the text above are, in this order:",
 )

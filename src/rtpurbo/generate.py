@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from .attach import attach, with_adapter
+from .cache import CACHE, join
 from .checkpoint import Artifact, check_digest, check_fingerprint
 from .config import IndexDtype
 from .models import load_model
@@ -75,3 +79,45 @@ def chat_prompt(tokenizer: Any, text: str) -> list[int]:
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
     return tokenizer(text).input_ids
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Tokens that end a text, by the model's generation config."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: list[Tensor], max_new_tokens: int, *, finished: Callable[[Tensor], bool] | None = None
+) -> Tensor:
+    """Continue prompts of any lengths with the most likely tokens, dense or sparse.
+
+    Prompts are read one by one, without padding, which long ones make costly, then decoded together, as a step takes
+    little longer for many sequences than for one.
+
+    Args:
+        prompts: [length] int64 each.
+        finished: called with the new tokens so far [B, count] on the CPU; True ends all. Without it, and with it, all ends
+            when every sequence has an end-of-text token of the model's generation config.
+
+    Returns:
+        [B, new tokens] int64 on the CPU, at most `max_new_tokens`; a sequence that has ended repeats its last token.
+    """
+    ends = torch.tensor(end_tokens(model), dtype=torch.long)
+    caches, following = [], []
+    for prompt in prompts:
+        cache = DynamicCache()
+        logits = model(prompt[None].to(model.device), **{CACHE: cache}, logits_to_keep=1).logits
+        caches.append(cache)
+        following.append(logits[:, -1].argmax(-1))
+    cache, real = join(caches)
+    real, token, new = real.to(model.device), torch.cat(following)[:, None], []
+    while True:
+        new.append(token.cpu() if not new else torch.where(torch.isin(new[-1], ends), new[-1], token.cpu()))
+        if len(new) == max_new_tokens or bool(torch.isin(new[-1], ends).all()) or (finished and finished(torch.cat(new, 1))):
+            return torch.cat(new, 1)
+        real = torch.cat([real, real.new_ones(len(real), 1)], 1)
+        position = real.sum(1, keepdim=True) - 1
+        logits = model(token, attention_mask=real.long(), position_ids=position, **{CACHE: cache}, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)

@@ -7,11 +7,17 @@ import importlib.metadata
 import random
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import EvalConfig
+from ..generate import greedy
+from ..progress import track
+from . import ruler
 from .fidelity import Switch
 from .statistics import paired
 
@@ -33,44 +39,82 @@ def run_tasks(switch: Switch, tokenizer: Any, config: EvalConfig, context: int) 
     Raises:
         ValueError: lm_eval or a package that a task needs is missing, an unknown task, or data that cannot be fetched.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ValueError(f"Tasks need the package lm_eval ({error}); run `pip install rtpurbo[eval]`.") from error
-
-    tasks = _load(tokenizer, config)
-    chosen = {name: _sample_numbers(task, config.task_limit) for name, task in tasks.items()}
-    found: dict[str, Any] = {}
+    tasks = load_tasks(tokenizer, config)
+    found: dict[str, list[dict[str, Any]]] = {}
     for name in ("dense", "sparse"):
         with switch(name) as model:
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=context)
-            found[name] = lm_eval.simple_evaluate(
-                lm,
-                tasks=list(tasks.values()),
-                samples=chosen,
-                log_samples=True,
-                bootstrap_iters=0,
-                task_manager=_no_tasks(),
-                random_seed=config.seed,
-                fewshot_random_seed=config.seed,
-            )
+            found[name] = score_tasks(model, tokenizer, tasks, config, context)
     results = []
+    for dense, sparse in zip(found["dense"], found["sparse"], strict=True):
+        assert dense["prompts"] == sparse["prompts"]
+        row = {key: dense[key] for key in ("task", "task_version", "metric")}
+        row |= paired(dense["scores"], sparse["scores"], seed=config.seed)
+        results.append(row | {key: dense[key] for key in ("higher_is_better", "prompt_tokens", "prompts_cut")})
+    return {"lm_eval": importlib.metadata.version("lm_eval"), "results": results}
+
+
+def _installed() -> Any:
+    try:
+        import lm_eval.models.huggingface
+    except ImportError as error:
+        raise ValueError(f"Tasks need the package lm_eval ({error}); run `pip install rtpurbo[eval]`.") from error
+    return lm_eval
+
+
+def _model(model: Any, tokenizer: Any, config: EvalConfig, context: int) -> Any:
+    """The harness's own wrapper of a model, but greedy generation reads prompts one by one and decodes them together."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+
+    class Batched(HFLM):
+        def _model_generate(self, context, max_length, stop, *, attention_mask, do_sample=False, temperature=0.0, **more):
+            if do_sample or temperature or more:
+                sampling = {"do_sample": do_sample, "temperature": temperature, "attention_mask": attention_mask}
+                return super()._model_generate(context, max_length, stop, **sampling, **more)
+            prompts = [row[mask.bool()] for row, mask in zip(context, attention_mask, strict=True)]
+            room = max_length - context.shape[1]
+            stopped = stop_sequences_criteria(self.tokenizer, stop, 0, len(prompts))
+            new = greedy(self.model, prompts, room, finished=lambda new: bool(stopped(new, None).all()))
+            return torch.cat([context.cpu(), new], 1)
+
+    return Batched(pretrained=model, tokenizer=tokenizer, batch_size=config.task_batch, max_length=context)
+
+
+def score_tasks(model: Any, tokenizer: Any, tasks: dict[str, Any], config: EvalConfig, context: int) -> list[dict[str, Any]]:
+    """What one model scores on every sample of tasks that are loaded.
+
+    Returns:
+        Per task and metric: "task", "task_version", "metric", "higher_is_better", "scores" (one a sample), "prompts" (a
+        hash of each sample's prompt), "prompt_tokens" and "prompts_cut" (see `run_tasks`).
+    """
+    lm_eval = _installed()
+    lm = _model(model, tokenizer, config, context)
+    found = lm_eval.simple_evaluate(
+        lm,
+        tasks=list(tasks.values()),
+        samples={name: _sample_numbers(task, config.task_limit) for name, task in tasks.items()},
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=_no_tasks(),
+        random_seed=config.seed,
+        fewshot_random_seed=config.seed,
+    )
+    rows = []
     for name in tasks:
-        dense, sparse = (found[which]["samples"][name] for which in ("dense", "sparse"))
-        better, version = found["dense"]["higher_is_better"][name], found["dense"]["versions"][name]
-        for metric, pairs in _metrics(dense, sparse).items():
-            results.append(
+        better = found["higher_is_better"][name]
+        for metric, pairs in _metrics(found["samples"][name]).items():
+            rows.append(
                 {
                     "task": name,
-                    "task_version": version,
+                    "task_version": found["versions"][name],
                     "metric": metric,
-                    **paired([a for _, a, _ in pairs], [b for _, _, b in pairs], seed=config.seed),
                     "higher_is_better": bool(better.get(metric.split(",")[0], True)),
-                    **_prompt_lengths(lm, [sample for sample, _, _ in pairs], context),
+                    "scores": [score for _, score in pairs],
+                    "prompts": [sample["prompt_hash"] for sample, _ in pairs],
+                    **_prompt_lengths(lm, [sample for sample, _ in pairs], context),
                 }
             )
-    return {"lm_eval": importlib.metadata.version("lm_eval"), "results": results}
+    return rows
 
 
 def _no_tasks() -> Any:
@@ -80,28 +124,50 @@ def _no_tasks() -> Any:
     return TaskManager(include_defaults=False)
 
 
-def _load(tokenizer: Any, config: EvalConfig) -> dict[str, Any]:
-    """Leaf tasks by name, with their documents."""
+def load_tasks(tokenizer: Any, config: EvalConfig, made: dict[str, list[dict[str, Any]]] | None = None) -> dict[str, Any]:
+    """Leaf tasks by name, with their documents.
+
+    Args:
+        made: documents of RULER's tasks by task, from `ruler.documents`; others are made now.
+
+    Raises:
+        ValueError: see `run_tasks`.
+    """
+    _installed()
+    import datasets
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
-    paths = [Path(name) for name in config.tasks if name.endswith((".yaml", ".yml"))]
+    made = dict(made or {})
+    names = [name for given in config.tasks for name in (ruler.TASKS if given == "ruler" else (given,))]
+    paths = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"Task file {str(path)!r} does not exist.")
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)  # RULER loads a tokenizer by name; this one may have come from elsewhere
+        tokenizer.save_pretrained(folder)  # tasks load a tokenizer by name; this one may have come from elsewhere
         metadata = {"max_seq_lengths": list(config.lengths_tokens), "tokenizer": folder}
-        manager = TaskManager(include_defaults=len(paths) < len(config.tasks), metadata=metadata)
-        for name in config.tasks:
-            if Path(name) not in paths and name not in manager.task_index:
+        others = [name for name in names if name not in ruler.TASKS and Path(name) not in paths]
+        manager = TaskManager(include_defaults=bool(others), include_path=ruler.folder(), metadata=metadata)
+        for name in others:
+            if name not in manager.task_index:
                 near = difflib.get_close_matches(name, manager.all_tasks, n=3) or ["none"]
                 raise ValueError(f"Unknown task {name!r}; near matches: {', '.join(near)}.")
         before = random.getstate()
         random.seed(config.seed)
         try:
             with redirect_stdout(sys.stderr):  # some tasks report downloads there
-                return manager.load(list(config.tasks))["tasks"]
+                missing = [name for name in names if name in ruler.TASKS and name not in made]
+                for name in track(missing, total=len(missing), what="Making RULER's documents"):
+                    made[name] = ruler.documents(
+                        name, tokenizer, config.lengths_tokens, count=config.task_limit, files=config.ruler_files,
+                        seed=config.seed,
+                    )  # fmt: skip
+                rows = {name: {"test": datasets.Dataset.from_list(made[name])} for name in names if name in made}
+                given = [{"task": name, "custom_dataset": partial(_given, rows[name])} for name in rows]
+                group = [{"group": "ruler_given", "task": given}] if given else []
+                with ruler.offline() if given else nullcontext():
+                    return manager.load([name for name in names if name not in rows] + group)["tasks"]
         except ImportError as error:
             raise ValueError(f"A task needs a package that is missing: {error}. Run `pip install rtpurbo[eval]`.") from error
         except (OSError, DatasetsError) as error:
@@ -109,6 +175,11 @@ def _load(tokenizer: Any, config: EvalConfig) -> dict[str, Any]:
             raise ValueError(f"The data of {', '.join(config.tasks)} could not be read: {reason}") from error
         finally:
             random.setstate(before)
+
+
+def _given(rows: dict[str, Any], **metadata: Any) -> dict[str, Any]:
+    """A task's documents, already made."""
+    return rows
 
 
 def _sample_numbers(task: Any, limit: int | None) -> list[int]:
@@ -123,15 +194,14 @@ def _sample_numbers(task: Any, limit: int | None) -> list[int]:
     return numbers
 
 
-def _metrics(dense: list[dict[str, Any]], sparse: list[dict[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
-    """(sample, dense, sparse) of every metric that has a number per sample."""
-    found: dict[str, list[tuple[Any, float, float]]] = {}
-    for a, b in zip(dense, sparse, strict=True):
-        assert (a["doc_id"], a["filter"], a["prompt_hash"]) == (b["doc_id"], b["filter"], b["prompt_hash"])
-        for metric in a["metrics"]:
-            if isinstance(a[metric], (int, float)) and not _of_another_length(a["doc"], metric):
-                key = metric if a["filter"] == "none" else f"{metric},{a['filter']}"
-                found.setdefault(key, []).append((a, float(a[metric]), float(b[metric])))
+def _metrics(samples: list[dict[str, Any]]) -> dict[str, list[tuple[Any, float]]]:
+    """(sample, score) of every metric that has a number per sample."""
+    found: dict[str, list[tuple[Any, float]]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], (int, float)) and not _of_another_length(sample["doc"], metric):
+                key = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                found.setdefault(key, []).append((sample, float(sample[metric])))
     return found
 
 

@@ -1,0 +1,567 @@
+"""The study: what a converted model keeps, against rivals and with parts left out, cell by cell.
+
+    python benchmarks/study.py smollm2-135m --name smollm2 -o out/study           (or: make study)
+
+A cell is one question with one answer, a JSON file OUT/NAME/CELL.json with settings, environment, seconds and result. Cells
+lie in order of what they tell; what is there is kept, so a killed study goes on where it was. Several workers share them
+(and the GPU: a decode step of a small model is bound by Python). `--list` shows the cells, `--cells 'ruler/*'` chooses some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from transformers import AutoTokenizer
+
+import rtpurbo
+from rtpurbo.checkpoint import WORK_DIR, atomic_path, write_json
+from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
+from rtpurbo.evals.compare import both
+from rtpurbo.families import context_tokens
+from rtpurbo.models import load_model
+from rtpurbo.pipeline import save_stage
+
+TASKS = (
+    "niah_single_2", "niah_multikey_2", "niah_multiquery", "ruler_vt", "niah_multikey_3", "niah_multivalue",
+    "ruler_qa_squad", "niah_single_3", "niah_multikey_1", "ruler_cwe", "ruler_fwe", "ruler_qa_hotpot", "niah_single_1",
+)  # fmt: skip
+"""RULER's thirteen, the telling ones first."""
+OURS = ("dense", "sparse", "stage1")
+RIVALS = ("razor", "top_k", "quest", "snapkv", "window")
+
+
+@dataclass
+class Study:
+    """Model, text and settings, and what has been loaded so far."""
+
+    args: argparse.Namespace
+    folder: Path
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> tuple[Any, Any]:
+        """The dense model and its tokenizer."""
+        if "model" not in self.loaded:
+            self.loaded["model"] = load_model(self.args.model, dtype=self.args.dtype)
+        return self.loaded["model"]
+
+    @property
+    def artifact(self) -> rtpurbo.Artifact:
+        """The artefact of the default recipe."""
+        if "artifact" not in self.loaded:
+            self.loaded["artifact"] = rtpurbo.Artifact.load(self.folder / "artefact")
+        return self.loaded["artifact"]
+
+    def sparse(self, **settings: Any) -> SparseConfig:
+        """What the artefact is to be."""
+        return SparseConfig(**{"window_tokens": self.args.window, "min_probability": self.args.min_probability, **settings})
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer alone: no weights are read for it when the model is a directory."""
+        if "model" in self.loaded or not Path(self.args.model).is_dir():
+            return self.model[1]
+        return AutoTokenizer.from_pretrained(self.args.model)
+
+    def samples(self, length: int, task: str) -> Path:
+        """Where RULER's documents of a task and length lie."""
+        return self.folder / "samples" / str(length) / f"{task}.json.gz"
+
+    def far_ratio(self, length: int) -> float:
+        """Share of the far tokens that a unit selects in prose of this length, as the cell `fidelity` measured."""
+        found = json.loads((self.folder / "fidelity.json").read_text())["result"]
+        return found[f"{Path(self.args.dev[0]).name} {length}"]["index"]["far_selected_ratio"]
+
+
+Run = Callable[[Study], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One question."""
+
+    name: str
+    run: Run
+    needs: tuple[str, ...] = ()
+    """Cells that come first."""
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """All cells, the most telling first."""
+    middle = sorted(args.lengths)[len(args.lengths) // 2]
+    order = [middle, *(n for n in sorted(args.lengths, reverse=True) if n != middle)]
+    found = [Cell("convert", convert)]
+    found += [
+        Cell(f"samples/{length}/{task}", partial(make_samples, task=task, length=length))
+        for length in order
+        for task in TASKS
+    ]
+
+    def ruler(length: int, methods: tuple[str, ...], samples: int, tasks: tuple[str, ...] = TASKS) -> Iterator[Cell]:
+        for task in tasks:
+            for method in methods:
+                needs = (
+                    f"samples/{length}",
+                    *(("convert",) if method not in ("dense", "quest", "snapkv", "window") else ()),
+                )
+                run = partial(run_ruler, task=task, length=length, method=method, samples=samples)
+                yield Cell(f"ruler/{length}/{task}/{method}", run, needs)
+
+    found += [Cell("fidelity", fidelity, ("convert",))]
+    for length in order:
+        found += ruler(length, ("dense", "sparse"), args.samples)
+    found += [Cell("needles", needles, ("convert",))]
+    found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
+    found += ruler(middle, ("stage1", *RIVALS), args.samples)
+    for name, changes in ABLATIONS.items():
+        found.append(Cell(f"ablation/{name}", partial(ablation, **changes)))
+    return found
+
+
+def convert(study: Study) -> dict[str, Any]:
+    """The default recipe: calibrate, index, distil. The artefact goes to OUT/NAME/artefact, resumable stage by stage."""
+    args, out = study.args, study.folder / "artefact"
+    model, tokenizer = study.model
+    longest = max(args.lengths)
+    artifact = rtpurbo.Artifact.load(out) if out.is_dir() else None
+    seconds: dict[str, float] = {}
+    peak: dict[str, float] = {}
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        seconds[what] = time.perf_counter() - begin
+        if torch.cuda.is_available():
+            peak[what] = torch.cuda.max_memory_allocated() / 1e9
+        say(f"{what}: {seconds[what]:.0f} s", json.dumps(short(artifact.stages[what]["metrics"]))[:600])
+
+    if artifact is None:
+        with timed("calibrate"):
+            settings = CalibrateConfig(
+                granularity=args.granularity, lengths_tokens=tuple(args.lengths), documents=args.calibrate_documents,
+                check_samples=args.check_samples,
+            )  # fmt: skip
+            found = rtpurbo.calibrate(model, tokenizer, args.train, settings, study.sparse(), model_name=args.model_name)
+            artifact = save_stage(out, "calibrate", found, args.train)
+    if "train_indexer" not in artifact.stages:
+        with timed("train_indexer"):
+            settings = IndexerConfig(
+                steps=args.index_steps, length_tokens=longest, documents=args.index_documents, capture_gib=args.capture_gib
+            )
+            work = out / WORK_DIR / "train_indexer"
+            found = rtpurbo.train_indexer(model, tokenizer, artifact, args.train, settings, work=work)
+            artifact = save_stage(out, "train_indexer", found, args.train)
+    if args.distill_steps and "distill" not in artifact.stages:
+        with timed("distill"):
+            settings = DistillConfig(
+                steps=args.distill_steps, learning_rate=args.learning_rate, batch_size=args.batch_size,
+                length_tokens=args.distill_length or longest, labels=args.labels,
+                gradient_checkpointing=not args.keep_activations,
+            )  # fmt: skip
+            work = out / WORK_DIR / "distill"
+            found = rtpurbo.distill(model, tokenizer, artifact, args.train, settings, work=work)
+            artifact = save_stage(out, "distill", found, args.train)
+    megabytes = sum(f.stat().st_size for f in out.rglob("*") if f.is_file() and WORK_DIR not in f.parts) / 1e6
+    return {
+        "stages": {name: {**stage, "metrics": short(stage["metrics"])} for name, stage in artifact.stages.items()},
+        "sparse": artifact.config.to_dict(), "seconds": seconds, "peak_gigabytes": peak, "megabytes": megabytes,
+        "base_model": artifact.base_model, "full_kv_ratio": artifact.heads.full_kv_ratio,
+        "heads": artifact.heads.to_dict(),
+    }  # fmt: skip
+
+
+def short(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without what is listed per head."""
+    return {key: value for key, value in metrics.items() if key not in ("scores", "units")}
+
+
+def make_samples(study: Study, *, task: str, length: int) -> dict[str, Any]:
+    """RULER's documents of one task and length, as lm-evaluation-harness makes them."""
+    from rtpurbo.evals.ruler import documents
+
+    count, files = study.args.samples, study.args.ruler_files
+    made = documents(task, study.tokenizer, (length,), count=count, files=files, seed=study.args.seed)
+    file = study.samples(length, task)
+    file.parent.mkdir(exist_ok=True)
+    with atomic_path(file) as path:
+        path.write_bytes(gzip.compress(json.dumps(made).encode(), 3))
+    return {"documents": len(made)}
+
+
+@contextmanager
+def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]:
+    """The model running one method, and what its decode steps read (rivals only)."""
+    model, _ = study.model
+    if method == "dense":
+        yield model, None
+    elif method in OURS:
+        artifact = study.artifact
+        if method == "stage1":
+            artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
+        with both(model, artifact) as switch, switch("sparse") as ready:
+            yield ready, None
+    else:
+        from rivals import budget_for, rival
+
+        artifact, far = study.artifact, study.far_ratio(length)
+        head_dim = artifact.base_model["head_dim"]
+        budget = budget_for(method, artifact.heads, artifact.config, length, far, head_dim)
+        chosen = {"heads": artifact.heads, "indexer": artifact.indexer, "config": artifact.config}
+        with rival(model, method, budget_tokens=budget, **chosen) as reads:
+            yield model, reads
+
+
+def run_ruler(study: Study, *, task: str, length: int, method: str, samples: int) -> dict[str, Any]:
+    """One task of RULER at one length by one method: a score for every sample."""
+    from rtpurbo.evals.harness import load_tasks, score_tasks
+
+    model, tokenizer = study.model
+    batch = max(1, study.args.batch_tokens // length)
+    settings = EvalConfig(
+        lengths_tokens=(length,), tasks=(task,), task_limit=samples, task_batch=batch, seed=study.args.seed
+    )
+    made = json.loads(gzip.decompress(study.samples(length, task).read_bytes()))
+    tasks = load_tasks(tokenizer, settings, {task: made})
+    with running(study, method, length) as (ready, reads):
+        rows = score_tasks(ready, tokenizer, tasks, settings, context_tokens(model))
+    (row,) = rows
+    row["prompts"] = hashlib.sha256("".join(row["prompts"]).encode()).hexdigest()[:16]
+    row |= {"method": method, "length_tokens": length, "lm_eval": importlib.metadata.version("lm_eval")}
+    if reads is not None:
+        row["bytes_ratio"] = reads.bytes_ratio
+    return row
+
+
+def fidelity(study: Study) -> dict[str, Any]:
+    """Held-out loss, KL and agreement by position, attention mass and tokens selected, at every length and source."""
+    found = {}
+    args = study.args
+    for length in args.lengths:
+        for source in args.dev:
+            settings = quiet(
+                lengths_tokens=(length,), samples=(0,), loss_documents=args.loss_documents, fidelity_documents=4
+            )
+            key = f"{Path(source).name} {length}"
+            result = rtpurbo.evaluate(*study.model, study.artifact, [source], settings)
+            (found[key],) = result["loss"].values()
+            found[key]["index"] = short(result["index"])
+            say(key, {k: round(found[key][k], 4) for k in ("dense", "sparse", "recovery", "kl", "top1_agreement")})
+    return found
+
+
+def needles(study: Study) -> dict[str, Any]:
+    """Needle questions of all kinds in held-out prose, and cache bytes."""
+    settings = quiet(lengths_tokens=tuple(study.args.lengths), samples=(study.args.samples,), decode_tokens=8)
+    result = rtpurbo.evaluate(*study.model, study.artifact, study.args.dev[:1], settings)
+    return {key: result[key] for key in ("needle", "speed", "settings")}
+
+
+def short_context(study: Study) -> dict[str, Any]:
+    """Loss of documents of 2048 tokens and short SQuAD questions: dense, sparse, and the distilled weights run dense."""
+    squad = str(Path(study.args.ruler_files) / "squad.json") if study.args.ruler_files else None
+    settings = quiet(
+        lengths_tokens=(min(study.args.lengths),), samples=(0,), short_documents=16, squad=squad, squad_samples=400
+    )
+    return rtpurbo.evaluate(*study.model, study.artifact, study.args.dev, settings)["short"]
+
+
+def long_generation(study: Study) -> dict[str, Any]:
+    """Thousands of tokens after a long prompt."""
+    longest = max(study.args.lengths)
+    settings = quiet(lengths_tokens=(longest,), samples=(0,), long_tokens=min(4096, longest // 4), long_prompts=4)
+    return rtpurbo.evaluate(*study.model, study.artifact, study.args.dev[:1], settings)["long_generation"]
+
+
+def quiet(**settings: Any) -> EvalConfig:
+    """An EvalConfig that measures only what is asked for."""
+    none = {"loss_documents": 0, "fidelity_documents": 0, "decode_tokens": 0, "short_documents": 0}
+    return EvalConfig(**none | settings)
+
+
+def say(*parts: Any) -> None:
+    """A line for the person who waits."""
+    print(time.strftime("[%H:%M:%S]"), *parts, flush=True)
+
+
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "stage_1_only": {"distill": {"steps": 0}},
+    "share_0.10": {"calibrate": {"retrieval_ratio": 0.10}},
+    "share_0.30": {"calibrate": {"retrieval_ratio": 0.30}},
+    "query_heads": {"calibrate": {"granularity": "head"}},
+    "heads_by_needle": {"calibrate": {"scoring": "needle"}},
+    "dimension_4": {"sparse": {"index_dim": 4}},
+    "dimension_8": {"sparse": {"index_dim": 8}},
+    "dimension_32": {"sparse": {"index_dim": 32}},
+    "p_0.80": {"sparse": {"top_p": 0.8, "min_probability": 0.0}},
+    "p_0.90": {"sparse": {"top_p": 0.9, "min_probability": 0.0}},
+    "p_0.95": {"sparse": {"top_p": 0.95, "min_probability": 0.0}},
+    "least_0.0003": {"sparse": {"min_probability": 3e-4}},
+    "least_0.00003": {"sparse": {"min_probability": 3e-5}},
+    "post_rope": {"patch": {"post_rope": True}},
+    "random_start": {"indexer": {"start": "random"}},
+    "kl_token_by_token": {"indexer": {"near_as_one": False}},
+    "queries_alike": {"indexer": {"far_weighting": False}},
+    "index_steps_0": {"indexer": {"steps": 0}},
+    "index_steps_50": {"indexer": {"steps": 50}},
+    "index_steps_100": {"indexer": {"steps": 100}},
+    "index_steps_600": {"indexer": {"steps": 600}},
+    "distill_steps_50": {"distill": {"steps": 50}},
+    "distill_steps_300": {"distill": {"steps": 300}},
+    "distill_steps_600": {"distill": {"steps": 600}},
+    "all_weights": {"distill": {"weights": "full", "learning_rate": 3e-5}},
+    "no_answers": {"distill": {"answer_weight": 0.0, "retrieval_ratio": 0.0}},
+    "prefill_by_tile": {"sparse": {"tile_probability": 3e-4}},
+    "window_half": {"window": {"factor": 0.5}},
+    "window_double": {"window": {"factor": 2.0}},
+    "ladder": {"calibrate": {"window_mass": 0.98}},
+}
+"""What each changes in the short recipe; `default` changes nothing."""
+
+
+def ablation(
+    study: Study,
+    *,
+    calibrate: dict[str, Any] | None = None,
+    sparse: dict[str, Any] | None = None,
+    indexer: dict[str, Any] | None = None,
+    distill: dict[str, Any] | None = None,
+    window: dict[str, float] | None = None,
+    patch: dict[str, bool] | None = None,
+) -> dict[str, Any]:
+    """The short recipe with something changed; stages that two ablations share run once."""
+    args, (model, tokenizer) = study.args, study.model
+    length = args.ablation_length
+    lengths = (length // 4, length)
+    config = study.sparse(**sparse or {})
+    config = dataclasses.replace(config, window_tokens=int(config.window_tokens * (window or {}).get("factor", 1.0)))
+    stages = {
+        "calibrate": CalibrateConfig(
+            **{"lengths_tokens": (length // 4, length // 2, length), "documents": 12} | (calibrate or {})
+        ),
+        "train_indexer": IndexerConfig(
+            **{"steps": 300, "length_tokens": length, "documents": 96, "capture_gib": args.capture_gib} | (indexer or {})
+        ),
+        "distill": DistillConfig(
+            **{"steps": 100, "length_tokens": length, "gradient_checkpointing": False} | (distill or {})
+        ),
+    }
+    run = {"calibrate": rtpurbo.calibrate, "train_indexer": rtpurbo.train_indexer, "distill": rtpurbo.distill}
+    settings: list[Any] = [config.to_dict(), patch]
+    artifact: rtpurbo.Artifact | None = None
+    seconds = {}
+    with post_rope() if patch else nothing():
+        for name, stage in stages.items():
+            if name == "distill" and not stage.steps:
+                continue
+            settings.append(dataclasses.asdict(stage))
+            key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+            place = study.folder / "stages" / f"{name}_{key}"
+            if not place.is_dir():
+                begin = time.perf_counter()
+                given = (stage, config) if artifact is None else (artifact, args.train, stage)
+                given = (args.train, *given) if artifact is None else given
+                save_stage(place, name, run[name](model, tokenizer, *given), args.train)
+                seconds[name] = time.perf_counter() - begin
+            artifact = rtpurbo.Artifact.load(place)
+        assert artifact is not None
+        result: dict[str, Any] = {"seconds": seconds, "sparse": artifact.config.to_dict(), "loss": {}, "index": {}}
+        result["full_kv_ratio"] = artifact.heads.full_kv_ratio
+        for source in args.dev:
+            samples = (args.ablation_samples if source == args.dev[0] else 0,)
+            some = quiet(
+                lengths_tokens=lengths,
+                samples=samples,
+                kinds=("single", "multi_key"),
+                loss_documents=4,
+                fidelity_documents=2,
+            )
+            found = rtpurbo.evaluate(model, tokenizer, artifact, [source], some)
+            result["loss"] |= {Path(name).name: row for name, row in found["loss"].items()}
+            result["index"][Path(source).name] = short(found.get("index", {}))
+            result.setdefault("needle", found["needle"])
+    for row in result["needle"]:
+        say("   ", row["kind"], row["length_tokens"], row["dense"], row["sparse"])
+    return result
+
+
+@contextmanager
+def post_rope() -> Iterator[None]:
+    """Index projections of rotated queries and keys instead of those before RoPE."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def rotated(original: Callable[..., Any]) -> Callable[..., Any]:
+        def rotate(q: torch.Tensor, k: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            turned = original(q, k, *args)
+            with torch.no_grad():
+                q.data, k.data = (x.detach().clone() for x in turned)  # what the index will read
+            return turned
+
+        return rotate
+
+    modules = (modeling_llama, modeling_qwen2)
+    before = [module.apply_rotary_pos_emb for module in modules]
+    for module, original in zip(modules, before, strict=True):
+        module.apply_rotary_pos_emb = rotated(original)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.apply_rotary_pos_emb = original
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """Changes nothing."""
+    yield
+
+
+def work(study: Study, plan: list[Cell]) -> None:
+    """Run cells that nobody has begun, in order, as soon as what they need is there; ends when nothing is left to begin."""
+    claims = study.folder / "claims"
+    while True:
+        waiting = False
+        for cell in plan:
+            file = study.folder / f"{cell.name}.json"
+            if file.is_file() or (claims / cell.name.replace("/", "+")).exists():
+                continue
+            if not all((study.folder / f"{need}.json").is_file() for need in cell.needs):
+                failed = (claims / f"{need.replace('/', '+')}.failed" for need in cell.needs)
+                waiting |= not any(path.exists() for path in failed)
+                continue
+            if study.args.deadline and time.time() > study.args.deadline:
+                return
+            try:
+                (claims / cell.name.replace("/", "+")).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            run_cell(study, cell, file)
+            break  # from the top: something more telling may be ready now
+        else:
+            if not waiting:
+                return
+            time.sleep(1.0)
+
+
+def run_cell(study: Study, cell: Cell, file: Path) -> None:
+    """Run one cell and write its file; a failure ends this process, says why, and leaves the cell undone."""
+    claim = study.folder / "claims" / f"{cell.name.replace('/', '+')}.failed"
+    claim.touch()
+    begin = time.perf_counter()
+    result = cell.run(study)
+    seconds = time.perf_counter() - begin
+    settings = {key: value for key, value in vars(study.args).items() if key not in PRIVATE}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        file,
+        {
+            "cell": cell.name, "environment": environment(study.args.commit), "settings": settings, "seconds": seconds,
+            "result": result,
+        },
+    )  # fmt: skip
+    claim.unlink()
+    line = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
+    if "scores" in result:
+        line = {"score": round(sum(result["scores"]) / len(result["scores"]), 3)}
+    say(f"{cell.name}: {seconds:.1f} s", json.dumps(line)[:300])
+
+
+PRIVATE = ("output", "cells", "workers", "worker", "deadline", "minutes", "list", "commit", "model", "ruler_files")
+
+
+def main() -> None:
+    """Parse, then work alone or start the workers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True, help="folder of the results below --output")
+    parser.add_argument("--model-name", default="", help="what the artefact calls its base model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--train", nargs="+", default=["installed-docs", "installed-python"])
+    parser.add_argument(
+        "--dev", nargs="+", default=["installed-docs:heldout", "installed-python:heldout"], help="prose first"
+    )
+    parser.add_argument("--ruler-files", help="folder with RULER's essays and question sets; default: downloaded")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192])
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--min-probability", type=float, default=1e-4)
+    parser.add_argument("--granularity", default="group")
+    parser.add_argument("--calibrate-documents", type=int, default=24)
+    parser.add_argument("--check-samples", type=int, default=40)
+    parser.add_argument("--index-steps", type=int, default=600)
+    parser.add_argument("--index-documents", type=int, default=192)
+    parser.add_argument("--capture-gib", type=float, default=24.0)
+    parser.add_argument("--distill-steps", type=int, default=600)
+    parser.add_argument("--distill-length", type=int, default=0, help="0: the longest of --lengths")
+    parser.add_argument("--labels", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the distillation")
+    parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")
+    parser.add_argument("--keep-activations", action="store_true", help="distil without gradient checkpointing")
+    parser.add_argument("--samples", type=int, default=100, help="of every RULER task and needle kind")
+    parser.add_argument("--loss-documents", type=int, default=8)
+    parser.add_argument("--ablation-length", type=int, default=8192)
+    parser.add_argument("--ablation-samples", type=int, default=60)
+    parser.add_argument("--batch-tokens", type=int, default=1 << 18, help="prompt tokens that are decoded together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cells", nargs="+", default=["*"], help="patterns of cells to run")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="begin no cell later than this")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--commit")
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    study = Study(args, args.output / args.name)
+    plan = [cell for cell in cells(args) if any(fnmatch.fnmatch(cell.name, pattern) for pattern in args.cells)]
+    if args.list:
+        for cell in plan:
+            print("done" if (study.folder / f"{cell.name}.json").is_file() else "    ", cell.name)
+        return
+    if args.worker:
+        work(study, plan)
+        return
+    claims = study.folder / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    for claim in claims.iterdir():
+        claim.unlink()
+    if args.minutes and not args.deadline:
+        args.deadline = time.time() + 60 * args.minutes
+    if args.workers == 1:
+        work(study, plan)
+        return
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    command += ["--deadline", str(args.deadline)] if args.deadline else []
+    running = [subprocess.Popen(command) for _ in range(args.workers)]
+    while running:  # a worker whose cell failed is replaced; the cell stays undone
+        time.sleep(0.5)
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            if process.returncode:
+                running.append(subprocess.Popen(command))
+
+
+if __name__ == "__main__":
+    main()
