@@ -125,7 +125,7 @@ def main() -> None:
     prose, code = args.dev[:1], args.dev[1:]
 
     def settings(samples: int = 0, kinds: tuple[str, ...] = ("single",), **more: int) -> EvalConfig:
-        chosen = {"loss_documents": 0, "fidelity_documents": 0, "decode_tokens": 0, **more}
+        chosen = {"loss_documents": 0, "fidelity_documents": 0, "decode_tokens": 0, "short_documents": 0, **more}
         return EvalConfig(lengths_tokens=lengths, samples=(samples,), kinds=kinds, **chosen)
 
     def note(part: str, found: dict) -> None:

@@ -97,7 +97,8 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
     assert "retrieval heads" in out
     code, out, err = run(
         "eval", converted, "--sources", source, "--lengths-tokens", 192, "--samples", 1, "--kinds", "single",
-        "--loss-documents", 1, "--fidelity-documents", 1, "--decode-tokens", 2, "--json", tmp_path / "eval.json",
+        "--loss-documents", 1, "--fidelity-documents", 1, "--decode-tokens", 2, "--short-documents", 1,
+        "--json", tmp_path / "eval.json",
     )  # fmt: skip
     assert code == 0, err
     assert "single needle, 192 tokens" in out
@@ -485,7 +486,7 @@ SMALL_FLAGS = (
     "--calibrate.check-samples 0 --indexer.length-tokens 160 --indexer.documents 2 --indexer.queries 8 --indexer.steps 2 "
     "--distill.length-tokens 160 --distill.steps 1 --distill.labels 8 --distill.lora-rank 2 --evaluate.lengths-tokens 160 "
     "--evaluate.samples 1 --evaluate.kinds single --evaluate.loss-documents 1 --evaluate.fidelity-documents 1 "
-    "--evaluate.decode-tokens 2"
+    "--evaluate.decode-tokens 2 --evaluate.short-documents 1"
 ).split()
 
 

@@ -267,6 +267,7 @@ def small(**changes) -> EvalConfig:
         "loss_documents": 2,
         "fidelity_documents": 1,
         "decode_tokens": 2,
+        "short_documents": 0,
     }
     return EvalConfig(**{**settings, **changes})
 

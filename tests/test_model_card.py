@@ -163,6 +163,25 @@ def test_harness_tasks():
         model_card(make_artifact(), {"tasks": {"results": [{**result, "higher_is_better": 1}]}})
 
 
+def test_short_context_and_long_generation():
+    pair = paired([2.0, 3.0], [2.5, 3.5])
+    squad = {"samples": 2, **{key: {"sparse": paired([1.0, 1.0], [1.0, 1.0])} for key in ("contains", "f1")}}
+    documents = {"/data/private/books.txt": {"length_tokens": 2048, "sparse": {**pair, "kl": 0.1, "top1_agreement": 0.9}}}
+    texts = {"dense": {"repetition": 0.01, "loss": 2.5}, "sparse": {"repetition": 0.5, "loss": 3.0}}
+    long = {"prompts": 2, "prompt_tokens": 900, "tokens": 100, "loss": pair, "drift": [], **texts}
+    evaluation = {"short": {"documents": documents, "squad": squad}, "long_generation": long}
+    half = r"+0.5000 \[+0.5000, +0.5000\]"
+    assert table(model_card(make_artifact(), evaluation))[2:] == [
+        ["Loss in nats at short context, books.txt, 2,048 tokens", "2.5000", "3.0000", half, "2"],
+        ["SQuAD, replies with the answer", "100.0%", "100.0%", r"+0.0 points \[+0.0, +0.0\]", "2"],
+        ["SQuAD, F1 of the words", "100.0%", "100.0%", r"+0.0 points \[+0.0, +0.0\]", "2"],
+        ["Dense model's loss in nats on 100 tokens generated after 900 tokens", "2.5000", "3.0000", half, "2"],
+        ["Repeated pieces of 8 tokens among 100 tokens generated after 900 tokens", "1.0%", "50.0%", "–", "2"],
+    ]
+    with pytest.raises(ValueError, match=r"'long_generation'.*expected the key 'drift'"):
+        model_card(make_artifact(), {"long_generation": {k: v for k, v in long.items() if k != "drift"}})
+
+
 def test_text_is_escaped():
     evil = "<img src=x>|`[a](b)*"
     artifact = make_artifact(evil)

@@ -30,7 +30,13 @@ SMALL = ConvertConfig(
     indexer=IndexerConfig(steps=4, length_tokens=160, documents=3, queries=8, save_every=1, learning_rate=1e-2),
     distill=DistillConfig(steps=3, batch_size=1, length_tokens=160, labels=16, lora_rank=2, save_every=1),
     evaluate=EvalConfig(
-        lengths_tokens=(192,), samples=(1,), kinds=("single",), loss_documents=1, fidelity_documents=1, decode_tokens=2
+        lengths_tokens=(192,),
+        samples=(1,),
+        kinds=("single",),
+        loss_documents=1,
+        fidelity_documents=1,
+        decode_tokens=2,
+        short_documents=1,
     ),
 )
 
@@ -208,9 +214,33 @@ def test_a_damaged_evaluation_is_made_again(tmp_path, source, capsys, content):
     assert now["needle"] == before["needle"]
 
 
+def test_an_older_evaluation_is_kept_when_nothing_newer_is_asked_for(tmp_path, source, capsys):
+    newer = ("short_documents", "squad", "squad_samples", "long_tokens", "long_prompts")
+    without = dataclasses.replace(SMALL, evaluate=dataclasses.replace(SMALL.evaluate, short_documents=0))
+    run(tmp_path, source, without)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert "short" not in found
+    old = {**found, "settings": {k: v for k, v in found["settings"].items() if k not in newer}, "mark": 1}
+    (tmp_path / "eval.json").write_text(json.dumps(old))
+    run(tmp_path, source, without)
+    assert "evaluate: finished before, kept" in capsys.readouterr().err
+    assert json.loads((tmp_path / "eval.json").read_text()) == old
+    run(tmp_path, source)  # asks for a short document
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert "mark" not in again
+    assert set(again["short"]["documents"][source]) == {"length_tokens", "sparse", "weights"}
+
+
+def test_a_conversion_refuses_a_missing_squad_file_at_once(tmp_path, source):
+    config = dataclasses.replace(SMALL, evaluate=dataclasses.replace(SMALL.evaluate, squad=str(tmp_path / "none.json")))
+    with pytest.raises(ValueError, match=r"SQuAD file '.*none\.json' does not exist"):
+        run(tmp_path / "out", source, config)
+    assert not (tmp_path / "out" / CONFIG_FILE).exists()
+
+
 def test_default_lengths_reach_beyond_the_window(tmp_path, source):
     config = dataclasses.replace(
-        SMALL, evaluate=EvalConfig(kinds=("single",), samples=(1,), loss_documents=1, decode_tokens=2)
+        SMALL, evaluate=EvalConfig(kinds=("single",), samples=(1,), loss_documents=1, decode_tokens=2, short_documents=1)
     )
     run(tmp_path, source, config)
     found = json.loads((tmp_path / "eval.json").read_text())

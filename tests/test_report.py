@@ -89,6 +89,16 @@ def make_evaluation(heads: HeadMap, *, lengths=LENGTHS, sources=SOURCES, kinds=K
         ]
         facts = {"documents": 8, "length_tokens": lengths[-1], "kl": 0.0213, "top1_agreement": 0.951, "by_position": buckets}
         loss[source] = {**facts, **paired(dense, sparse)}
+    short = {"documents": {}, "squad": {"samples": 50, "contains": {}, "f1": {}}}
+    for source in sources:
+        row = {name: paired([3.0, 2.0], [3.1, 2.1], other=name) for name in ("sparse", "weights")}
+        close = {"kl": 0.001, "top1_agreement": 0.99}
+        short["documents"][source] = {"length_tokens": 2048, **{name: {**pair, **close} for name, pair in row.items()}}
+    for name, right in (("sparse", [1.0, 0.0]), ("weights", [1.0, 1.0])):
+        short["squad"]["contains"][name] = short["squad"]["f1"][name] = paired([1.0, 0.5], right, other=name)
+    drift = [{"from": 4 * i, "to": 4 * i + 4, "kl": 0.01 * (i + 1), "top1_agreement": 1 - 0.01 * i} for i in range(8)]
+    long = {"prompts": 2, "prompt_tokens": 1000, "tokens": 32, "loss": paired([1.0, 2.0], [1.5, 2.5]), "drift": drift}
+    long |= {"dense": {"repetition": 0.02, "loss": 1.5}, "sparse": {"repetition": 0.125, "loss": 2.0}}
     speed = {}
     for name, factor, share in (("dense", 1.0, 1.0), ("sparse", 1.25, 0.5)):
         bytes_each = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2 * share
@@ -100,7 +110,8 @@ def make_evaluation(heads: HeadMap, *, lengths=LENGTHS, sources=SOURCES, kinds=K
         }
     settings = json.loads(json.dumps(dataclasses.asdict(EvalConfig(lengths_tokens=lengths))))
     index = index_metrics(heads, lengths[-1])
-    return {"settings": settings, "sources": list(sources), "needle": needle, "loss": loss, "speed": speed, "index": index}
+    facts = {"settings": settings, "sources": list(sources), "needle": needle, "loss": loss, "speed": speed, "index": index}
+    return {**facts, "short": short, "long_generation": long}
 
 
 def make_curve(steps: int, *, agreement: bool) -> list[dict]:
@@ -178,13 +189,14 @@ def test_full_report_has_every_part(full):
     page = Page(full)
     sections = [text for tag, text in zip(_heading_tags(page), page.headings, strict=True) if tag == "h2"]
     assert sections == [
-        "Dense and sparse", "Head map", "Index", "Distillation", "Needles in long documents", "Loss by position", "Cache",
-        "Settings",
+        "Dense and sparse", "Head map", "Index", "Distillation", "Needles in long documents", "Loss by position",
+        "Short context", "Long generation", "Cache", "Settings",
     ]  # fmt: skip
     assert page.headings[0] == "owner/Tiny-Model"
     assert list(page.figures) == [
         "head-map", "train_indexer-loss", "train_indexer-learning_rate", "index-units", "distill-loss",
-        "distill-top1_agreement", "distill-learning_rate", "loss-0", "loss-1", "cache-bytes",
+        "distill-top1_agreement", "distill-learning_rate", "loss-0", "loss-1", "drift-kl",
+        "drift-top1_agreement", "cache-bytes",
     ]  # fmt: skip
     assert "has not been run" not in page.text
     assert full.name == "report.html"
@@ -229,6 +241,58 @@ def test_summary_has_the_measured_numbers(full):
     check = rows["Answers right, check of the head map without index, 2,048 tokens"]
     assert check == ["87.5%", "75.0%", "−12.5 points", "8"]  # no interval was measured
     assert rows["window_tokens"] == ["256"]
+
+
+def test_short_context_has_all_three_models(full):
+    page = Page(full)
+    header = ["Measure", "Dense", "Sparse", "Sparse − dense [95 %]", "Weights", "Weights − dense [95 %]", "Samples"]
+    start = page.rows.index(header)
+    more = "+0.1000 [+0.1000, +0.1000]"
+    assert page.rows[start + 1] == [
+        "Loss in nats at short context, installed-docs:heldout, 2,048 tokens", "2.5000", "2.6000", more, "2.6000", more, "2",
+    ]  # fmt: skip
+    assert page.rows[start + 3] == [
+        "SQuAD, replies with the answer", "75.0%", "50.0%", "−25.0 points [−50.0, +0.0]", "100.0%",
+        "+25.0 points [+0.0, +50.0]", "50",
+    ]  # fmt: skip
+    assert "distilled ones with dense attention" in page.text
+
+
+def test_drift_is_a_step_for_every_eighth(full):
+    page = Page(full)
+    (kl,), (same,) = (page.figures[f"drift-{key}"]["data"] for key in ("kl", "top1_agreement"))
+    assert kl["x"] == [0, 4, 8, 12, 16, 20, 24, 28, 32] == same["x"]
+    assert kl["y"][:2] == [0.01, 0.02]
+    assert kl["y"][-1] == kl["y"][-2] == 0.08
+    assert same["y"][-1] == pytest.approx(0.93)
+    rows = {row[0]: row[1:] for row in page.rows}
+    what = "32 tokens generated after 1,000 tokens"
+    assert rows[f"Dense model's loss in nats on {what}"] == ["1.5000", "2.0000", "+0.5000 [+0.5000, +0.5000]", "2"]
+    assert rows[f"Repeated pieces of 8 tokens among {what}"] == ["2.0%", "12.5%", "–", "2"]
+
+
+@pytest.mark.parametrize("part", ["documents", "squad"])
+def test_short_context_without_distilled_weights_or_a_part(tmp_path, part):
+    artifact = make_artifact()
+    evaluation = make_evaluation(artifact.heads)
+    short = {part: evaluation["short"][part]}
+    for one in short[part].values():
+        if isinstance(one, dict):
+            one.pop("weights", None)
+    page = Page(write_report(save(tmp_path / "a", artifact, evaluation={**evaluation, "short": short})))
+    start = page.rows.index(["Measure", "Dense", "Sparse", "Sparse − dense [95 %]", "Samples"])
+    assert [len(row) for row in page.rows[start : start + 3]] == [5] * 3
+    assert "distilled ones" not in page.text
+
+
+def test_an_evaluation_from_before_short_and_long_still_renders(tmp_path):
+    artifact = make_artifact()
+    evaluation = {k: v for k, v in make_evaluation(artifact.heads).items() if k not in ("short", "long_generation")}
+    page = Page(write_report(save(tmp_path / "a", artifact, evaluation=evaluation)))
+    assert "Short context" not in page.headings
+    assert "Long generation" not in page.headings
+    assert not [row for row in page.rows if "short context" in row[0] or "generated" in row[0]]
+    assert "Loss by position" in page.headings
 
 
 def test_needle_cells_hold_share_and_count(full):
@@ -572,7 +636,7 @@ def test_browser_prints(browser, full):
     assert pdf.startswith(b"%PDF-")
     assert 3 <= pdf.count(b"/Type /Page\n") <= 12
     printed = browser.execute_script("return window.printed")
-    assert len(printed) == 10
+    assert len(printed) == 12
     assert all(0 < p["width"] <= 703 for p in printed)  # A4 less its margins
     after = browser.execute_script(PLOTS)
     assert all(abs(p["width"] - p["column"]) < 1 for p in after)

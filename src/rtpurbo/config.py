@@ -271,6 +271,18 @@ class EvalConfig:
     """Length of a held-out document in tokens; 0: the longest of lengths_tokens."""
     fidelity_documents: int = 4
     """Documents on which attention mass and selected tokens are measured; 0 skips them."""
+    short_documents: int = 8
+    """Held-out documents of at most 2048 tokens from every source, on which sparse and distilled weights are compared with
+    dense; 0 skips them."""
+    squad: str | None = None
+    """A JSON file of SQuAD (version 2), whose questions about short paragraphs are asked as well; not set: none are."""
+    squad_samples: int = 200
+    """Questions drawn from that file."""
+    long_tokens: int = 0
+    """Tokens that both models generate after long prompts, which with them are as long as the longest of lengths_tokens;
+    0 skips them."""
+    long_prompts: int = 4
+    """Prompts of the long generations, in one batch."""
     decode_tokens: int = 16
     """Tokens generated to measure decode speed and cache bytes at the longest length; 0 skips them."""
     tasks: tuple[str, ...] = ()
@@ -292,8 +304,11 @@ class EvalConfig:
         for name in ("lengths_tokens", "samples"):
             least = 1 if name == "lengths_tokens" else 0
             _require(min(getattr(self, name), default=1) >= least, name, f"{least} or more", getattr(self, name))
-        for name in ("loss_documents", "loss_length_tokens", "fidelity_documents", "decode_tokens"):
+        for name in ("loss_documents", "loss_length_tokens", "fidelity_documents", "decode_tokens", "short_documents"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("squad_samples", "long_prompts"):
+            _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        _require(self.long_tokens == 0 or self.long_tokens >= 8, "long_tokens", "0 or at least 8", self.long_tokens)
         _require(self.task_limit is None or self.task_limit >= 1, "task_limit", "1 or more", self.task_limit)
         _require(self.task_batch >= 1, "task_batch", "1 or more", self.task_batch)
         known = ("single", "multi_key", "multi_value", "multi_query")
@@ -301,7 +316,11 @@ class EvalConfig:
             _require(kind in known, "kinds", f"among {', '.join(known)}", kind)
 
     def resolved(self, context: int, sparse: SparseConfig) -> EvalConfig:
-        """The same with its lengths, for a model of this context length; ValueError for a length beyond it."""
+        """The same with its lengths, for a model of this context length.
+
+        Raises:
+            ValueError: a length beyond the context, or so many long_tokens that a prompt is not longer than window + sinks.
+        """
         lengths = self.lengths_tokens or default_lengths(context, sparse)
         for length in (*lengths, self.loss_length_tokens):
             if length > context:
@@ -312,6 +331,9 @@ class EvalConfig:
             f"one number, or one per length ({len(lengths)})",
             self.samples,
         )
+        most = max(0, max(lengths) - (sparse.window_tokens + sparse.sink_tokens + 1))
+        expected = f"at most {most} (the longest of lengths_tokens, {max(lengths)}, less a prompt beyond window + sinks)"
+        _require(self.long_tokens <= most, "long_tokens", expected, self.long_tokens)
         return dataclasses.replace(self, lengths_tokens=lengths)
 
 

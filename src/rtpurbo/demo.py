@@ -32,7 +32,7 @@ def demo_config(seed: int) -> ConvertConfig:
         ),
         evaluate=EvalConfig(
             lengths_tokens=(1024, 2048), samples=(4, 8), kinds=("single",), loss_documents=2, loss_length_tokens=2048,
-            fidelity_documents=1, decode_tokens=16, seed=seed,
+            fidelity_documents=1, decode_tokens=16, short_documents=0, seed=seed,
         ),
     )  # fmt: skip
 

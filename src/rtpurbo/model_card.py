@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,9 @@ def _numbers(names: str) -> dict[str, Any]:
 
 
 _PAIR = {**_numbers("samples dense sparse difference"), "difference_95": (float, float)}
+_WEIGHTS_PAIR = {**_numbers("samples dense weights difference"), "difference_95": (float, float)}
+_CLOSE = _numbers("kl top1_agreement")
+_BY_NAME = {"sparse": _PAIR, "weights?": _WEIGHTS_PAIR}
 _INDEX = {
     **_numbers("kl mass_kept tokens_selected length_tokens documents"),
     "units": [_numbers("layer unit kl mass_kept tokens_selected")],
@@ -54,9 +58,24 @@ _LOSS = {
     **_numbers("length_tokens kl top1_agreement"),
     "by_position": [_numbers("from to loss_dense loss_sparse")],
 }
+_SHORT = {
+    "documents?": {
+        "*": {"length_tokens": float, "sparse": {**_PAIR, **_CLOSE}, "weights?": {**_WEIGHTS_PAIR, **_CLOSE}},
+    },
+    "squad?": {"samples": float, "contains": _BY_NAME, "f1": _BY_NAME},
+}
+_LONG_GENERATION = {
+    **_numbers("prompts prompt_tokens tokens"),
+    "dense": _numbers("repetition loss"),
+    "sparse": _numbers("repetition loss"),
+    "loss": _PAIR,
+    "drift": [_numbers("from to kl top1_agreement")],
+}
 _EVALUATION = {
     "needle?": [{**_PAIR, "kind": str, "length_tokens": float, "depths": {"*": _numbers("samples dense sparse")}}],
     "loss?": {"*": _LOSS},
+    "short?": _SHORT,
+    "long_generation?": _LONG_GENERATION,
     "index?": _INDEX,
     "speed?": {"dense": [_SPEED], "sparse": [_SPEED]},
     "tasks?": {"results": [{**_PAIR, "task": str, "metric": str, "higher_is_better": bool, "prompts_cut?": float}]},
@@ -177,15 +196,24 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         rows.append(Row(name, f"{one['dense']:.1%}", f"{one['sparse']:.1%}", _points(one), f"{one['samples']:,}"))
     for source, one in evaluation.get("loss", {}).items():
         what, count = f"{_public(source)}, {tokens(one['length_tokens'])}", f"{one['samples']:,}"
-        change = _signed(one["difference"], 4) + _interval(one, 1, 4)
-        rows.append(Row(f"Loss in nats, {what}", f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
+        rows.append(Row(f"Loss in nats, {what}", f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change(one), count))
         rows.append(Row(f"KL to dense in nats, {what}", _NONE, f"{one['kl']:.4f}", _NONE, count))
         rows.append(Row(f"Same most likely token as dense, {what}", _NONE, f"{one['top1_agreement']:.1%}", _NONE, count))
+    for short in short_rows(evaluation):
+        pair = short.pairs["sparse"]
+        means = [short.value(pair[name]) for name in ("dense", "sparse")]
+        rows.append(Row(short.measure, means[0], means[1], short.difference(pair), short.samples))
+    long = evaluation.get("long_generation")
+    if long:
+        what, count = f"{tokens(long['tokens'])} generated after {tokens(long['prompt_tokens'])}", f"{long['prompts']:,}"
+        loss, (first, second) = long["loss"], [_share(long[name]["repetition"]) for name in ("dense", "sparse")]
+        name = f"Dense model's loss in nats on {what}"
+        rows.append(Row(name, _nats(loss["dense"]), _nats(loss["sparse"]), change(loss), count))
+        rows.append(Row(f"Repeated pieces of 8 tokens among {what}", first, second, _NONE, count))
     for one in evaluation.get("tasks", {}).get("results", []):
         name = f"{one['task']}, {one['metric']}{'' if one['higher_is_better'] else ' (lower is better)'}"
         name += f", {one['prompts_cut']:,} prompts cut" if one.get("prompts_cut") else ""
-        change, count = _signed(one["difference"], 4) + _interval(one, 1, 4), f"{one['samples']:,}"
-        rows.append(Row(name, f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change, count))
+        rows.append(Row(name, f"{one['dense']:.4f}", f"{one['sparse']:.4f}", change(one), f"{one['samples']:,}"))
     for dense, sparse in speed_pairs(evaluation):
         for name, key, text in (
             ("Cache", "cache_bytes", _bytes),
@@ -206,6 +234,29 @@ def measured_rows(artifact: Artifact, evaluation: dict[str, Any]) -> list[Row]:
         pair = {**found, "sparse": found["chosen_heads"], "difference": found["chosen_heads"] - found["dense"]}
         name = f"Answers right, check of the head map without index, {tokens(found['length_tokens'])}"
         rows.append(Row(name, f"{pair['dense']:.1%}", f"{pair['sparse']:.1%}", _points(pair), f"{pair['samples']:,}"))
+    return rows
+
+
+class ShortRow(NamedTuple):
+    """What was measured at short context, of the sparse model and perhaps of the distilled weights with dense attention."""
+
+    measure: str
+    value: Callable[[float], str]
+    difference: Callable[[dict[str, Any]], str]
+    pairs: dict[str, Any]
+    samples: str
+
+
+def short_rows(evaluation: dict[str, Any]) -> list[ShortRow]:
+    """Loss of every source, then SQuAD's metrics, with how to write them down."""
+    short, rows = evaluation.get("short", {}), []
+    for source, one in short.get("documents", {}).items():
+        name = f"Loss in nats at short context, {_public(source)}, {tokens(one['length_tokens'])}"
+        rows.append(ShortRow(name, _nats, change, one, f"{one['sparse']['samples']:,}"))
+    squad = short.get("squad", {})
+    for key, name in (("contains", "SQuAD, replies with the answer"), ("f1", "SQuAD, F1 of the words")):
+        if squad:
+            rows.append(ShortRow(name, _share, _points, squad[key], f"{squad['samples']:,}"))
     return rows
 
 
@@ -265,8 +316,21 @@ def _bytes(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
 
 
+def _nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
 def _signed(value: float, digits: int) -> str:
     return f"{value:+z.{digits}f}".replace("-", "−")
+
+
+def change(pair: dict[str, Any]) -> str:
+    """Difference of a paired result with its interval, four digits."""
+    return _signed(pair["difference"], 4) + _interval(pair, 1, 4)
 
 
 def _interval(pair: dict[str, Any], scale: float, digits: int) -> str:

@@ -48,6 +48,8 @@ EVAL_FILE = "eval.json"
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
 """Default sources of training and evaluation text."""
+_NOT_ASKED_BEFORE = {"short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4}
+"""What an evaluation's settings say that were written before these existed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,10 @@ def check_plan(model: Any, config: ConvertConfig, sources: list[str]) -> SparseC
 
     Raises:
         ValueError: a length beyond the context or not longer than window + sinks, an index wider than a head, a source
-            that does not exist.
+            that does not exist, an unusable SQuAD file.
     """
+    from .evals.short_context import read_squad
+
     context = context_tokens(model)
     sparse = config.sparse(context=context)
     check_index_dim(sparse, head_counts(model)[3])
@@ -196,6 +200,8 @@ def check_plan(model: Any, config: ConvertConfig, sources: list[str]) -> SparseC
     for stage in (config.indexer, config.distill):
         document_length(model, stage.length_tokens, sparse)
     config.evaluate.resolved(context, sparse)
+    if config.evaluate.squad is not None:
+        read_squad(config.evaluate.squad)
     for source in sources:
         check_source(source)
     return sparse
@@ -287,7 +293,8 @@ def verify(
         except ValueError as error:
             say(f"evaluate: the old result is left aside ({error})")
             found = {}
-        if {key: found.get(key) for key in wanted} == wanted and found.get("artifact") == of:
+        before = {**found, "settings": {**_NOT_ASKED_BEFORE, **found.get("settings", {})}}
+        if {key: before.get(key) for key in wanted} == wanted and found.get("artifact") == of:
             say("evaluate: finished before, kept")
             return found
     path.mkdir(parents=True, exist_ok=True)
@@ -318,6 +325,9 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
             begin = time.perf_counter()
             float(model(probe, logits_to_keep=1).logits.sum())
             times.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        float(model(probe[:, :1], logits_to_keep=1).logits.sum())
+        per_step = time.perf_counter() - begin
     per_token = min(times) / probe.shape[1]
     layers, query_heads, kv_heads, head_dim = head_counts(model)
     text_config = model.config.get_text_config(decoder=True)
@@ -340,7 +350,9 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
         + i.steps * i.batch_size * 0.1 * forward(indexer_length),
         "distill": 6.0 * d.steps * d.batch_size * forward(distill_length),
         "evaluate": sum(2 * n * len(e.kinds) * forward(t) for n, t in zip(samples, e.lengths_tokens, strict=True))
-        + 2 * (e.loss_documents + e.fidelity_documents + 1) * forward(max(e.lengths_tokens)),
+        + 2 * (e.loss_documents + e.fidelity_documents + 1) * forward(max(e.lengths_tokens))
+        + (4 if d.steps else 2) * e.short_documents * forward(min(2048, context))
+        + 3 * e.long_tokens * (per_step + e.long_prompts * per_token),
     }
     bytes_each = next(model.parameters()).element_size()
     longest = max(indexer_length, distill_length, *lengths, *e.lengths_tokens)

@@ -168,6 +168,8 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
         + _notes(artifact.stages.get("distill", {}).get("metrics", {}).get("notes", [])),
         "Needles in long documents": _needles(evaluation.get("needle", [])),
         "Loss by position": _loss(evaluation.get("loss", {})),
+        "Short context": _short(evaluation),
+        "Long generation": _long_generation(evaluation.get("long_generation")),
         "Cache": _cache(artifact, pairs) if pairs else "",
         "Settings": _settings(artifact, evaluation),
     }
@@ -371,6 +373,45 @@ def _loss(losses: dict[str, Any]) -> str:
         x, y = {"title": "position in the document (tokens)"}, {"title": "loss (nats per token)"}
         figures.append(_figure(f"loss-{number}", caption, traces, x=x, y=y, height=300))
     return f"<div class='grid two'>{''.join(figures)}</div>" if figures else ""
+
+
+def _short(evaluation: dict[str, Any]) -> str:
+    """Dense, sparse and the distilled weights with dense attention, side by side."""
+    measured = card.short_rows(evaluation)
+    distilled = all("weights" in row.pairs for row in measured)
+    names = ("sparse", "weights") if distilled else ("sparse",)
+    more = ("Weights", "Weights − dense [95 %]") if distilled else ()
+    header, rows = ("Measure", "Dense", "Sparse", "Sparse − dense [95 %]", *more, "Samples"), []
+    for row in measured:
+        cells = [row.value(row.pairs["sparse"]["dense"])]
+        for name in names:
+            cells += [row.value(row.pairs[name][name]), row.difference(row.pairs[name])]
+        rows.append((row.measure, *cells, row.samples))
+    caption = (
+        "Where most of a text lies in the window nothing should be lost: look for a difference whose interval leaves out 0."
+        + " Weights are the distilled ones with dense attention." * distilled
+    )
+    return f"{_table(header, rows, 'rows')}<p class=caption>{caption}</p>" if rows else ""
+
+
+def _long_generation(found: dict[str, Any] | None) -> str:
+    """How far sparse decoding drifts from dense along a generated text."""
+    if not found:
+        return ""
+    drift, figures = found["drift"], []
+    edges = [b["from"] for b in drift] + [b["to"] for b in drift[-1:]]
+    what = f"{found['prompts']} text{'s' * (found['prompts'] != 1)} of {card.tokens(found['tokens'])}"
+    what += f" generated after {card.tokens(found['prompt_tokens'])}"
+    x = {"title": "position in the generated text (tokens)"}
+    for key, title, form, caption in (
+        ("kl", "KL to dense (nats)", ".3~g", "look for a rise to the right, where errors of the sparse cache add up."),
+        ("top1_agreement", "same top token", ".0%", "the dense model's own text, read by sparse decode steps."),
+    ):
+        values = [b[key] for b in (*drift, *drift[-1:])]
+        trace = _line(title, edges, values, f"%{{y:{form}}}", SPARSE, shape="hv")
+        y = {"title": title, "tickformat": form} | ({"rangemode": "tozero"} if key == "kl" else {})
+        figures.append(_figure(f"drift-{key}", f"{what}: {caption}", [trace], x=x, y=y, height=300))
+    return f"<div class='grid two'>{''.join(figures)}</div>"
 
 
 def _cache(artifact: Artifact, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> str:

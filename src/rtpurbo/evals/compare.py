@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from ..attach import adapted, attached, gives_back, paused
 from ..checkpoint import Artifact, check_digest, check_fingerprint
 from ..config import EvalConfig
@@ -14,7 +16,9 @@ from ..data import documents
 from ..families import context_tokens
 from ..indexer_training import measure
 from .fidelity import compare_documents
+from .long_generation import compare_generations, end_tokens
 from .needle import DEPTHS, grade_all, needle_samples
+from .short_context import compare_short, draw_questions
 from .speed import measure_decode
 from .statistics import paired
 
@@ -24,13 +28,21 @@ HAYSTACKS = 100
 
 @contextmanager
 def both(model: Any, artifact: Artifact) -> Iterator[Any]:
-    """`switch(name)`: a context manager that gives the "dense" or the "sparse" model, sharing weights where possible."""
+    """`switch(name)`: a context manager that gives a model, sharing weights where possible.
+
+    Its names: "dense"; "sparse"; "weights", the sparse model's weights with dense attention (without distilled weights the
+    same as "dense").
+    """
     kind, path = artifact.weights_kind, artifact.weights_path
 
     @contextmanager
     def switch(name: str) -> Iterator[Any]:
+        assert name in ("dense", "sparse", "weights")
         if name == "sparse":
             yield sparse
+        elif name == "weights":
+            with paused(sparse):
+                yield sparse
         elif kind == "full":
             yield model
         elif kind == "lora":
@@ -71,11 +83,12 @@ def evaluate(
 
     Returns:
         "needle": per kind and length the paired result and the grid over depths; "loss": held-out loss, logit KL and
-        top-1 agreement, by source and position; "index": attention mass kept and tokens selected; "speed": prefill,
-        decode and cache bytes; "tasks": results of lm-evaluation-harness; "settings".
+        top-1 agreement, by source and position; "short": the same and SQuAD at short context, see `compare_short`;
+        "index": attention mass kept and tokens selected; "speed": prefill, decode and cache bytes; "long_generation": see
+        `compare_generations`; "tasks": results of lm-evaluation-harness; "settings".
 
     Raises:
-        ValueError: other weights than the artefact's, lengths beyond the context, too little text.
+        ValueError: other weights than the artefact's, lengths beyond the context, too little text, an unusable SQuAD file.
     """
     check_fingerprint(model, artifact)
     context = context_tokens(model)
@@ -83,6 +96,7 @@ def evaluate(
     longest = max(config.lengths_tokens)
     loss_length = config.loss_length_tokens or longest
     result: dict[str, Any] = {"settings": dataclasses.asdict(config), "sources": list(sources)}
+    questions = draw_questions(tokenizer, config, context)
     with both(model, artifact) as switch:
         result["needle"] = _needles(switch, tokenizer, sources, config)
         if config.loss_documents:
@@ -94,6 +108,9 @@ def evaluate(
                 found = compare_documents(texts, switch)
                 pair = paired(found.pop("loss_dense"), found.pop("loss_sparse"), seed=config.seed)
                 result["loss"][source] = {**found, **pair}
+        names = ("sparse", "weights") if artifact.weights_kind else ("sparse",)
+        short = compare_short(switch, tokenizer, sources, questions, config, names=names, context=context)
+        result |= {"short": short} if short else {}
         texts = documents(
             sources, tokenizer, length_tokens=longest, count=max(1, config.fidelity_documents), seed=config.seed + 7
         )
@@ -112,6 +129,17 @@ def evaluate(
                     artifact.heads,
                     artifact.config,
                 )
+        if config.long_tokens:
+            prompts = documents(
+                sources, tokenizer, length_tokens=longest - config.long_tokens, count=config.long_prompts, seed=config.seed
+            )
+            result["long_generation"] = compare_generations(
+                torch.stack(prompts),
+                switch,
+                new_tokens=config.long_tokens,
+                suppressed=end_tokens(model, tokenizer),
+                seed=config.seed,
+            )
         if config.tasks:
             from .harness import run_tasks
 

@@ -6,8 +6,13 @@ import random
 from typing import Any
 
 
-def paired(dense: list[float], sparse: list[float], *, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+def paired(
+    dense: list[float], sparse: list[float], *, seed: int = 0, resamples: int = 2000, other: str = "sparse"
+) -> dict[str, Any]:
     """Means, recovery and the paired difference with its 95 % bootstrap interval.
+
+    Args:
+        other: what the result calls the second mean, where it is not the sparse model's.
 
     Returns:
         "samples", "dense", "sparse" (means), "recovery" (sparse / dense, None when dense is 0), "difference"
@@ -22,7 +27,7 @@ def paired(dense: list[float], sparse: list[float], *, seed: int = 0, resamples:
     return {
         "samples": n,
         "dense": a,
-        "sparse": b,
+        other: b,
         "recovery": b / a if a else None,
         "difference": b - a,
         "difference_95": [means[int(0.025 * resamples)], means[int(0.975 * resamples)]],
