@@ -109,6 +109,12 @@ def test_every_field_is_documented(cls):
         (CalibrateConfig, {"retrieval_ratio": 0}, r"retrieval_ratio must be in \(0, 1\], got 0\."),
         (CalibrateConfig, {"threshold": 2.0}, r"threshold must be in \[0, 1\], got 2\.0\."),
         (CalibrateConfig, {"window_mass": 0.0}, r"window_mass must be in \(0, 1\], got 0\.0\."),
+        (CalibrateConfig, {"target_recovery": 0.0}, r"target_recovery must be in \(0, 1\], got 0\.0\."),
+        (
+            CalibrateConfig,
+            {"target_recovery": 0.99, "threshold": 0.5},
+            r"threshold \(0\.5\) and target_recovery \(0\.99\) both say how many heads retrieve; leave one of them out\.",
+        ),
         (CalibrateConfig, {"needle_tokens": 7}, r"needle_tokens must be at least 8 tokens, got 7\."),
         (TrainConfig, {"steps": -1}, r"steps must be 0 or more, got -1\."),
         (TrainConfig, {"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0\."),

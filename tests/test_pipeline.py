@@ -120,15 +120,17 @@ def test_a_changed_stage_and_those_after_it_run_again(tmp_path, source, capsys):
     assert Artifact.load(tmp_path / "out").config.window_tokens == 24
 
 
-def test_a_calibration_from_before_the_window_ladder_is_kept(tmp_path, source):
+def test_a_calibration_from_before_newer_settings_is_kept(tmp_path, source):
     artifact = run(tmp_path / "out", source)
     raw = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
-    del raw["stages"]["calibrate"]["settings"]["window_mass"]
+    for newer in ("window_mass", "target_recovery"):
+        del raw["stages"]["calibrate"]["settings"][newer]
     (tmp_path / "out" / CONFIG_FILE).write_text(json.dumps(raw))
     settings = {"after": None, "sparse": artifact.config, "sources": [source], "weights": artifact.base_model["fingerprint"]}
     assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, **settings) is not None
-    other = dataclasses.replace(SMALL.calibrate, window_mass=0.99)
-    assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
+    for newer in ({"window_mass": 0.99}, {"target_recovery": 0.99}):
+        other = dataclasses.replace(SMALL.calibrate, **newer)
+        assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
 
 
 def test_other_text_is_another_input(tmp_path, source):

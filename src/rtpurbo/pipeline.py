@@ -131,9 +131,9 @@ PAPER = ConvertConfig(
 )
 """The paper's recipe, as far as its numbers are known (arXiv 2605.16928); the rest is the default's. The window follows the
 model by the default's rule, which gives the paper's 8192 from a context of 64K on; sinks (4) and dimensions (16) are
-the paper's by default. What stays ours: half of the training documents are cut to a half or a quarter (the paper's have 32K to
-80K tokens), 256 queries a document teach the index, and the tokens beyond the ten are one more class of the loss."""
-
+the paper's by default. What stays ours: half of the training documents are cut to a half or a quarter (the paper's
+have 32K to 80K tokens), 256 queries a document teach the index, and the tokens beyond the ten are one more class of
+the loss."""
 
 
 def say(text: str) -> None:
@@ -259,7 +259,8 @@ def finished_stage(
         return None
     got = dict(record["settings"])
     if name == "calibrate":
-        got.setdefault("window_mass", None)  # it was not there yet
+        for newer in ("window_mass", "target_recovery"):
+            got.setdefault(newer, None)  # it was not there yet
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
         if record.get("sparse") != sparse.to_dict():
@@ -298,10 +299,20 @@ def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | t
 
 
 def findings(artifact: Artifact, name: str) -> list[str]:
-    """What a person should read after a stage: calibration's head map and overlap, and what the stage warns of."""
+    """What a person should read after a stage: calibration's head map, how it came to so many heads, and its overlap; and
+    what the stage warns of."""
     metrics = artifact.stages[name]["metrics"]
-    chosen = [str(artifact.heads), overlap_sentence(metrics)] if name == "calibrate" else []
+    chosen = [str(artifact.heads), recovery_sentence(metrics), overlap_sentence(metrics)] if name == "calibrate" else []
     return [line for line in (*chosen, *(f"Note: {note}" for note in metrics.get("notes", []))) if line]
+
+
+def recovery_sentence(metrics: dict[str, Any]) -> str:
+    """Which shares calibration tried for its target and which one it took, "" without a target."""
+    found = metrics.get("target_recovery")
+    if found is None:
+        return ""
+    tried = ", ".join(f"{row['ratio']:.0%} {row['recovery']:.3f}" for row in found["tried"])
+    return f"Target recovery {found['target']:g}: {found['chosen_ratio']:.0%} chosen (share and recovery: {tried})."
 
 
 def verify(
