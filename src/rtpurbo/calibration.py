@@ -264,7 +264,7 @@ def _effects(
     def gate(layer: int):
         def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             full = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
-            away = (local[layer].transpose(1, 2) - full).detach()
+            away = (local.pop(layer).transpose(1, 2) - full).detach()  # popped: one layer's at a time
             return ((full + gates[layer][:, None].to(full.dtype) * away).flatten(2),)
 
         return hook
@@ -290,11 +290,13 @@ def _effects(
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
     """Full attention of all query heads at some query positions: [Hq, rows, N] float32 (batch of one)."""
-    size = seen.q.shape[1] // seen.k.shape[1]
-    k = seen.k[0].float().repeat_interleave(size, 0)
-    logits = (seen.q[0, :, rows].float() @ k.transpose(-1, -2)) * seen.scaling
+    k = seen.k[0].float()
+    q = (
+        seen.q[0, :, rows].float().unflatten(0, (k.shape[0], -1)).flatten(1, 2)
+    )  # [Hkv, group * rows, D]: keys are not repeated
+    logits = (q @ k.transpose(-1, -2)).unflatten(1, (-1, len(rows))).flatten(0, 1) * seen.scaling
     slots = torch.arange(k.shape[1], device=k.device)
-    return logits.masked_fill(slots > rows[:, None], -torch.inf).softmax(-1)
+    return logits.masked_fill_(slots > rows[:, None], -torch.inf).softmax(-1)
 
 
 def rungs(window_tokens: int) -> tuple[int, ...]:
