@@ -204,7 +204,9 @@ def test_the_stages_one_by_one(tmp_path, model_dir, source):
 def test_convert_dry_run_writes_nothing(tmp_path, model_dir, source):
     code, out, err = run("convert", model_dir, "-o", tmp_path / "out", "--dry-run", "--indexer.documents", 2)
     assert code == 0, err
-    assert "memory" in out
+    assert re.search(r"^window_tokens +256 +an eighth of the context of 512, from 256 to 8192$", out, re.M)
+    assert re.search(r"^distill +about [\d.]+ min, memory [\d.]+ GiB$", out, re.M)
+    assert re.search(r"^memory +[\d.]+ GiB at most, computed", out, re.M)
     assert "disk" in out
     assert not (tmp_path / "out").exists()
 

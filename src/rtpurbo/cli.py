@@ -658,9 +658,13 @@ def _check_files(command: Common) -> None:
 
 
 def _print_estimate(result: dict[str, Any], output: Path) -> None:
+    for name, row in result["settings"].items():
+        value = " ".join(map(str, row["value"])) if isinstance(row["value"], tuple) else row["value"]
+        _out(f"{name:26s} {'–' if value is None else value!s:18s} {row['from']}")
     for name, seconds in result["seconds"].items():
-        _out(f"{name:16s} about {seconds / 60:.1f} min")
-    _out(f"{'memory':16s} about {result['memory_gib']} GiB")
+        memory = result["memory_gib"].get(name)
+        _out(f"{name:16s} about {seconds / 60:.1f} min" + (f", memory {memory:.1f} GiB" if memory is not None else ""))
+    _out(f"{'memory':16s} {result['memory_gib']['largest']:.1f} GiB at most, computed (docs/memory.md)")
     _out(f"{'disk':16s} about {result['disk_mib']} MiB in {output}")
 
 
