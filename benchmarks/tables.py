@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rtpurbo.config import SparseConfig
+from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
+from rtpurbo.memory import RESERVED_GIB, Shape, longest_documents, memory, with_length
+from rtpurbo.pipeline import ConvertConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -239,6 +241,69 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
+GPU_GIB = 24
+EIGHT_B = ConvertConfig(
+    window_tokens=4096,
+    calibrate=CalibrateConfig(lengths_tokens=(8192, 12288)),
+    indexer=IndexerConfig(length_tokens=16384, capture_gib=1.0),
+    distill=DistillConfig(length_tokens=12288, batch_size=1),
+    evaluate=EvalConfig(lengths_tokens=(8192, 16384)),
+)
+"""The setting of docs/memory.md for an 8B model on a GPU of 24 GB."""
+SHAPES: dict[str, tuple[str, dict[str, int | bool]]] = {
+    "Llama-3.1-8B": (
+        "llama",
+        {"vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32, "max_position_embeddings": 131072},
+    ),
+    "Qwen3-8B": (
+        "qwen3",
+        {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36, "max_position_embeddings": 40960},
+    ),
+}
+"""Architecture and numbers of the models' published configurations."""
+
+
+def shape_of(name: str) -> Shape:
+    """The shape of one of SHAPES in bfloat16, from a model without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, numbers = SHAPES[name]
+    same = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = AutoConfig.for_model(kind, tie_word_embeddings=False, **same, **numbers)
+    with torch.device("meta"):
+        return Shape.of(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+
+
+def memory_table() -> str:
+    """What each stage takes for an 8B model: computed, nothing was run."""
+    stages = ("calibrate", "train_indexer", "distill", "evaluate")
+    lines = [f"| GiB, computed | tokens | weights | {' | '.join(stages)} |", "|---" * (3 + len(stages)) + "|"]
+
+    def row(name: str, tokens: str, found: dict[str, str]) -> str:
+        return f"| {name} | {tokens} | {found.get('weights', '')} | {' | '.join(found[stage] for stage in stages)} |"
+
+    def computed(shape: Shape, config: ConvertConfig) -> dict[str, str]:
+        found = memory(shape, config, gpu_bytes=GPU_GIB << 30)
+        needed = {stage: f"{sum(terms.values()):.1f}" for stage, terms in found.items()}
+        return needed | {"weights": f"{found['distill']['weights']:.1f}"}
+
+    for name in SHAPES:
+        shape = shape_of(name)
+        lines.append(row(name, "the command's", computed(shape, EIGHT_B)))
+        for tokens in (8192, 12288, 16384, 32768):
+            lines.append(row(name, str(tokens), computed(shape, with_length(EIGHT_B, tokens))))
+        longest = longest_documents(shape, EIGHT_B, gpu_gib=GPU_GIB)
+        lines.append(row(name, f"longest in {GPU_GIB} GB", {stage: f"{n} tokens" for stage, n in longest.items()}))
+    lines += [
+        "",
+        f"Window {EIGHT_B.window_tokens}, adapter of rank {EIGHT_B.distill.lora_rank}, {EIGHT_B.distill.batch_size} "
+        f"document a step, {EIGHT_B.indexer.capture_gib:g} GiB of captures, weights in bfloat16. {RESERVED_GIB:g} GiB "
+        "of the GPU is left to CUDA and the allocator.",
+    ]
+    return "\n".join(lines)
+
+
 COLOURS = {"heads": "#3b8ed0", "groups": "#e0702a", "paper": "#2ca58d"}
 INK = "#848d97"
 """Readable on white and on black."""
@@ -292,8 +357,8 @@ def speed_svg(found: dict[str, Any] | None = None) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-TABLES = {"smollm2": smollm2, "speedups": speedups, "end_to_end": end_to_end, "layer": layer}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+TABLES = {"smollm2": smollm2, "speedups": speedups, "end_to_end": end_to_end, "layer": layer, "memory": memory_table}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md")
 
 
 def updated(text: str) -> str:

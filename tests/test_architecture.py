@@ -14,8 +14,8 @@ LEVELS = [
     {"indexer", "cache", "families"},
     {"attention"},
     {"attach", "checkpoint", "models", "model_card"},
-    {"data", "training", "calibration", "indexer_training", "distillation", "generate", "evals"},
-    {"pipeline", "report", "demo", "doctor"},
+    {"data", "training", "calibration", "recovery", "indexer_training", "distillation", "generate", "evals"},
+    {"pipeline", "memory", "report", "demo", "doctor"},
     {"cli"},
 ]
 """A module imports from its own level and those before it; names for type annotations alone do not count."""

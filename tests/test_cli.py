@@ -1,6 +1,7 @@
 """The command line: every command on a tiny model, its frozen surface, and one sentence for every bad input."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -16,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from rtpurbo import checkpoint, cli, demo, distillation, progress
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.config import DistillConfig
-from rtpurbo.pipeline import convert
+from rtpurbo.pipeline import PAPER, ConvertConfig, convert
 from test_model_card import FakeHub
 from test_pipeline import SMALL
-from tiny_text import random_model, word_tokenizer
+from tiny_text import RETRIEVAL_HEAD, copy_model, random_model, word_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SURFACE = json.loads((Path(__file__).parent / "cli_surface.json").read_text())
@@ -68,8 +69,8 @@ def fails(*arguments: object) -> str:
     return last[-1].removeprefix("rtpurbo: error: ") if last else " ".join((out + err).split())
 
 
-def flags(command: str) -> list[str]:
-    code, out, _ = run(command, "--help")
+def flags(command: str, *more: str) -> list[str]:
+    code, out, _ = run(command, *more, "--help")
     assert code == 0
     return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*[a-z0-9]", out)))
 
@@ -204,7 +205,9 @@ def test_the_stages_one_by_one(tmp_path, model_dir, source):
 def test_convert_dry_run_writes_nothing(tmp_path, model_dir, source):
     code, out, err = run("convert", model_dir, "-o", tmp_path / "out", "--dry-run", "--indexer.documents", 2)
     assert code == 0, err
-    assert "memory" in out
+    assert re.search(r"^window_tokens +256 +an eighth of the context of 512, from 256 to 8192$", out, re.M)
+    assert re.search(r"^distill +about [\d.]+ min, memory [\d.]+ GiB$", out, re.M)
+    assert re.search(r"^memory +[\d.]+ GiB at most, computed", out, re.M)
     assert "disk" in out
     assert not (tmp_path / "out").exists()
 
@@ -479,6 +482,54 @@ def test_the_base_model_may_lie_elsewhere(tmp_path, converted, model_dir):
     prompt = ["--prompt", "a city", "--max-new-tokens", "2"]
     assert "does not exist" in fails("generate", moved, *prompt)
     assert run("generate", moved, *prompt, "--base-model", model_dir)[0] == 0
+
+
+def parsed(monkeypatch, *arguments: str):
+    """The settings of a conversion that would begin."""
+    seen = []
+    monkeypatch.setattr(cli.Convert, "run", lambda self: seen.append(self))
+    assert run("convert", "m", *arguments)[0] == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize("asked", [["--recipe", "paper"], ["--recipe=paper"]])
+def test_the_papers_recipe_by_its_name(monkeypatch, asked):
+    assert cli._seeded(parsed(monkeypatch, *asked)) == PAPER
+    assert cli._seeded(parsed(monkeypatch)) == cli._seeded(parsed(monkeypatch, "--recipe", "default")) == ConvertConfig()
+    assert cli._seeded(parsed(monkeypatch, *asked, "--seed", "3")).distill.seed == 3
+
+
+def test_flags_win_over_a_recipe(monkeypatch):
+    flags = "--top-p 0.8 --min-probability 0.01 --calibrate.scoring effect --indexer.start closed_form --distill.steps 5"
+    for arguments in ([*flags.split(), "--recipe", "paper"], ["--recipe", "paper", *flags.split()]):
+        config = cli._seeded(parsed(monkeypatch, *arguments))
+        want = dataclasses.replace(
+            PAPER,
+            top_p=0.8,
+            min_probability=0.01,
+            calibrate=dataclasses.replace(PAPER.calibrate, scoring="effect"),
+            indexer=dataclasses.replace(PAPER.indexer, start="closed_form"),
+            distill=dataclasses.replace(PAPER.distill, steps=5),
+        )
+        assert config == want
+
+
+def test_an_unknown_recipe_is_refused():
+    assert "paper" in fails("convert", "m", "--recipe", "papers")
+    assert flags("convert", "--recipe", "paper") == SURFACE["convert"]
+
+
+def test_the_papers_recipe_runs(tmp_path, source):
+    copy_model().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    common = (*SMALL_FLAGS, "--calibrate.lengths-tokens", 320, "--sources", source, "--heldout", source)
+    code, _, err = run("convert", tmp_path / "model", "-o", tmp_path / "out", "--recipe", "paper", *common)
+    assert code == 0, err
+    artifact = Artifact.load(tmp_path / "out")
+    assert artifact.heads.granularity == "head"
+    assert RETRIEVAL_HEAD[1] in artifact.heads.retrieval[RETRIEVAL_HEAD[0]]
+    assert artifact.weights_kind == "full"
+    assert artifact.config.rule == "p = 0.9"
 
 
 SMALL_FLAGS = (

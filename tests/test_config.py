@@ -10,6 +10,7 @@ import pytest
 import rtpurbo
 from rtpurbo import checkpoint, config
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, TrainConfig, from_dict
+from rtpurbo.pipeline import PAPER, ConvertConfig
 
 ALL = [SparseConfig, CalibrateConfig, TrainConfig, IndexerConfig, DistillConfig, EvalConfig]
 
@@ -108,6 +109,12 @@ def test_every_field_is_documented(cls):
         (CalibrateConfig, {"retrieval_ratio": 0}, r"retrieval_ratio must be in \(0, 1\], got 0\."),
         (CalibrateConfig, {"threshold": 2.0}, r"threshold must be in \[0, 1\], got 2\.0\."),
         (CalibrateConfig, {"window_mass": 0.0}, r"window_mass must be in \(0, 1\], got 0\.0\."),
+        (CalibrateConfig, {"target_recovery": 0.0}, r"target_recovery must be in \(0, 1\], got 0\.0\."),
+        (
+            CalibrateConfig,
+            {"target_recovery": 0.99, "threshold": 0.5},
+            r"threshold \(0\.5\) and target_recovery \(0\.99\) both say how many heads retrieve; leave one of them out\.",
+        ),
         (CalibrateConfig, {"needle_tokens": 7}, r"needle_tokens must be at least 8 tokens, got 7\."),
         (TrainConfig, {"steps": -1}, r"steps must be 0 or more, got -1\."),
         (TrainConfig, {"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0\."),
@@ -185,3 +192,25 @@ def test_a_whole_number_is_a_number():
 )
 def test_default_window(context, window):
     assert config.default_window_tokens(context) == window
+
+
+def test_the_papers_recipe_is_what_the_paper_says():
+    """Its numbers (arXiv 2605.16928), field by field, and what is left to this project's defaults."""
+    got, default = dataclasses.asdict(PAPER), dataclasses.asdict(ConvertConfig())
+    said = {
+        "calibrate": {"granularity": "head", "retrieval_ratio": 0.15, "scoring": "needle", "documents": 3},
+        "indexer": {"steps": 600, "start": "random", "far_weighting": False, "near_as_one": False, "retrieval_ratio": 0.0},
+        "distill": {
+            "steps": 600, "batch_size": 1, "labels": 2048, "weights": "full", "top_logits": 10, "answer_weight": 0.0,
+            "retrieval_ratio": 0.0, "learning_rate": 2e-5,
+        },
+        "evaluate": {},
+    }  # fmt: skip
+    for part, values in said.items():
+        assert got.pop(part) == default.pop(part) | values
+    assert got == default | {"top_p": 0.9, "min_probability": 0.0}
+    sparse = PAPER.sparse(context=131072)
+    assert (sparse.window_tokens, sparse.sink_tokens, sparse.index_dim) == (8192, 4, 16)
+    assert (sparse.top_p, sparse.min_probability, sparse.tile_probability) == (0.9, 0.0, 0.0)
+    assert PAPER.sparse(context=8192).window_tokens == 1024
+    assert PAPER.distill.steps * PAPER.distill.labels == pytest.approx(1.2e6, rel=0.05)

@@ -132,6 +132,22 @@ def test_top_kl_does_not_care_how_the_rest_is_spread_but_how_much_it_is():
 # Examples
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_in_pieces_have_the_same_gradients(monkeypatch, dtype):
+    student, teacher = (torch.randn(37, 50).to(dtype) for _ in range(2))
+    expected = torch.where(torch.rand(37) < 0.3, torch.randint(50, (37,)), -1)
+    found = []
+    for size in (64, 8):
+        monkeypatch.setattr(distillation, "LABELS_PER_PIECE", size)
+        here = student.clone().requires_grad_()
+        losses = distillation.label_losses(here, teacher, expected, 10)
+        (losses * torch.arange(37)).sum().backward()
+        found.append((losses.detach(), here.grad))
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.equal(whole, pieces)
+    assert found[0][1].abs().sum() > 0
+
+
 def training_example(document, tokenizer, config, turn, shortest_tokens):
     """The batch of one document: tokens, labels, weights."""
     tokens, labels, weights, _ = training_batch(

@@ -18,7 +18,7 @@ from rtpurbo.cli import explain
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
 from rtpurbo.distillation import distill
 from rtpurbo.indexer_training import train_indexer
-from rtpurbo.pipeline import ConvertConfig, convert, estimate, finished_stage, save_stage
+from rtpurbo.pipeline import PAPER, ConvertConfig, convert, estimate, finished_stage, resolved, save_stage
 from tiny_text import random_model, word_tokenizer
 
 SMALL = ConvertConfig(
@@ -126,15 +126,17 @@ def test_a_changed_stage_and_those_after_it_run_again(tmp_path, source, capsys):
     assert Artifact.load(tmp_path / "out").config.window_tokens == 24
 
 
-def test_a_calibration_from_before_the_window_ladder_is_kept(tmp_path, source):
+def test_a_calibration_from_before_newer_settings_is_kept(tmp_path, source):
     artifact = run(tmp_path / "out", source)
     raw = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
-    del raw["stages"]["calibrate"]["settings"]["window_mass"]
+    for newer in ("window_mass", "target_recovery"):
+        del raw["stages"]["calibrate"]["settings"][newer]
     (tmp_path / "out" / CONFIG_FILE).write_text(json.dumps(raw))
     settings = {"after": None, "sparse": artifact.config, "sources": [source], "weights": artifact.base_model["fingerprint"]}
     assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, **settings) is not None
-    other = dataclasses.replace(SMALL.calibrate, window_mass=0.99)
-    assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
+    for newer in ({"window_mass": 0.99}, {"target_recovery": 0.99}):
+        other = dataclasses.replace(SMALL.calibrate, **newer)
+        assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
 
 
 def test_other_text_is_another_input(tmp_path, source):
@@ -288,8 +290,46 @@ def test_estimate_grows_with_the_work():
     small = estimate(model, SMALL)
     longer = estimate(model, dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=3000)))
     assert longer["seconds"]["distill"] > 20 * max(small["seconds"]["distill"], 1)
-    assert small["memory_gib"] > 0
+    stages = ("calibrate", "train_indexer", "distill", "evaluate")
+    assert set(small["memory_gib"]) == {*stages, "largest"}
+    assert small["memory_gib"]["largest"] == max(small["memory_gib"][stage] for stage in stages)
     assert set(small["seconds"]) == {"calibrate", "train_indexer", "distill", "evaluate", "total"}
+
+
+def test_settings_follow_from_the_model():
+    found = resolved(random_model(context=8192, layers=10), ConvertConfig())
+    assert found["window_tokens"] == (1024, "an eighth of the context of 8192, from 256 to 8192")
+    assert found["retrieval_units"] == (3, "15% of 20 KV groups, over the whole model")
+    assert found["calibrate.lengths_tokens"][0] == (2056, 4096, 8192)
+    assert found["indexer.length_tokens"] == (8192, "all of the context of 8192, at most 32768")
+    defaults = {
+        "top_p": 1.0,
+        "min_probability": 1e-4,
+        "indexer.steps": 300,
+        "distill.batch_size": 4,
+        "retrieval_ratio": 0.15,
+    }
+    defaults |= {"indexer.learning_rate": 1e-2, "distill.learning_rate": 7e-4, "distill.weights": "lora"}
+    for name, value in defaults.items():
+        assert found[name][0] == value
+        assert found[name][1].startswith("the default; ")
+    assert resolved(random_model(context=131072), ConvertConfig())["window_tokens"][0] == 8192
+    assert resolved(random_model(context=131072), ConvertConfig())["distill.length_tokens"][0] == 32768
+
+
+def test_settings_that_were_asked_for_say_so():
+    found = resolved(random_model(context=8192), PAPER)
+    assert found["distill.weights"] == ("full", "asked for; the default is lora")
+    assert found["retrieval_units"] == (1, "15% of 8 query heads, over the whole model")
+    assert found["top_p"] == (0.9, "asked for; the default is 1.0")
+    found = resolved(random_model(), SMALL)
+    assert found["window_tokens"] == (32, "asked for")
+    assert found["calibrate.lengths_tokens"] == ((160,), "asked for")
+    assert found["distill.length_tokens"] == (160, "asked for")
+    by_score = dataclasses.replace(SMALL, calibrate=CalibrateConfig(threshold=0.5))
+    assert resolved(random_model(), by_score)["retrieval_units"] == (None, "as many of 4 KV groups as score 0.5")
+    by_target = dataclasses.replace(SMALL, calibrate=CalibrateConfig(target_recovery=0.99))
+    assert "or more until 0.99 is recovered" in resolved(random_model(), by_target)["retrieval_units"][1]
 
 
 @pytest.mark.parametrize("part", ["state", "weights"])

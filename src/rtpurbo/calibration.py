@@ -8,8 +8,9 @@
    the repeated span, the hidden fact, the text's own next tokens.
 4. Lengths at which the model cannot copy the span itself are left out. A head's score is the largest of its four, each
    scaled to 1; the highest are retrieval heads.
-5. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
-6. Check: needle questions, dense model against dense retrieval heads + window.
+5. With `target_recovery`: more heads than the share, until enough of what the dense model does is left (recovery.py).
+6. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
+7. Check: needle questions, dense model against dense retrieval heads + window.
 
 Every other document is drawn with another seed: its text, its needle, its positions. Both draws together decide; how far
 their choices agree when each decides alone says what another seed would have changed. That costs nothing, where a second
@@ -36,6 +37,7 @@ from .heads import HeadMap
 from .models import fingerprint, model_identity
 from .ops import far_slots, near_slots, window_attention
 from .progress import track
+from .recovery import choose_share
 
 CAN_COPY = 0.3
 """A length counts when the model predicts at least this share of the repeated span's tokens."""
@@ -121,19 +123,27 @@ def calibrate(
     def counted(some: list[DocumentScore]) -> list[DocumentScore]:
         return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
 
-    def choose(some: list[DocumentScore]) -> tuple[HeadMap, Tensor]:
+    def choose(some: list[DocumentScore], ratio: float) -> tuple[HeadMap, Tensor]:
         total = combine(counted(some), config.scoring)
         rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
         heads = HeadMap.from_scores(
             rows,
             kv_heads=kv_heads,
             granularity=config.granularity,
-            ratio=config.retrieval_ratio,
+            ratio=ratio,
             threshold=config.threshold,
         )
         return heads, total
 
-    heads, total = choose(scores)
+    ratio = config.retrieval_ratio
+    found: dict[str, Any] = {}
+    heads, total = choose(scores, ratio)
+    if config.target_recovery is not None:
+        heads, found, more = choose_share(
+            model, tokenizer, texts[0][max(usable or lengths)], lambda share: choose(scores, share)[0], sparse,
+            first=ratio, target=config.target_recovery, samples=config.check_samples, seed=config.seed,
+        )  # fmt: skip
+        ratio, notes = found["chosen_ratio"], notes + more
     metrics: dict[str, Any] = {
         "scores": [[round(x, 4) for x in row] for row in total.tolist()],
         "lengths_tokens": list(lengths),
@@ -142,8 +152,10 @@ def calibrate(
         "retrieval_head_ratio": heads.ratio,
         "full_kv_ratio": heads.full_kv_ratio,
     }
+    if found:
+        metrics["target_recovery"] = found
     if config.documents >= len(KINDS) * len(draws):  # every draw has every kind
-        first, second = (choose(some)[0] for some in drawn)
+        first, second = (choose(some, ratio)[0] for some in drawn)
         metrics["overlap_between_seeds"] = first.overlap(second)
     if config.window_mass is not None:
         kept = kept_by_group(counted(scores), heads)
@@ -157,8 +169,8 @@ def calibrate(
             "local_kv_heads": {str(n): count for n, count in heads.window_counts(sparse.window_tokens).items()},
         }
     if config.check_samples:
-        metrics["check"], found = check_choice(model, tokenizer, texts[0], usable or [min(lengths)], heads, sparse, config)
-        notes += found
+        metrics["check"], more = check_choice(model, tokenizer, texts[0], usable or [min(lengths)], heads, sparse, config)
+        notes += more
     metrics["notes"] = notes
     model_type = model.config.get_text_config(decoder=True).model_type
     identity = model_identity(model_name or getattr(model, "name_or_path", ""), revision)
@@ -252,7 +264,7 @@ def _effects(
     def gate(layer: int):
         def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             full = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
-            away = (local[layer].transpose(1, 2) - full).detach()
+            away = (local.pop(layer).transpose(1, 2) - full).detach()  # popped: one layer's at a time
             return ((full + gates[layer][:, None].to(full.dtype) * away).flatten(2),)
 
         return hook
@@ -278,11 +290,13 @@ def _effects(
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
     """Full attention of all query heads at some query positions: [Hq, rows, N] float32 (batch of one)."""
-    size = seen.q.shape[1] // seen.k.shape[1]
-    k = seen.k[0].float().repeat_interleave(size, 0)
-    logits = (seen.q[0, :, rows].float() @ k.transpose(-1, -2)) * seen.scaling
+    k = seen.k[0].float()
+    q = (
+        seen.q[0, :, rows].float().unflatten(0, (k.shape[0], -1)).flatten(1, 2)
+    )  # [Hkv, group * rows, D]: keys are not repeated
+    logits = (q @ k.transpose(-1, -2)).unflatten(1, (-1, len(rows))).flatten(0, 1) * seen.scaling
     slots = torch.arange(k.shape[1], device=k.device)
-    return logits.masked_fill(slots > rows[:, None], -torch.inf).softmax(-1)
+    return logits.masked_fill_(slots > rows[:, None], -torch.inf).softmax(-1)
 
 
 def rungs(window_tokens: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,13 +12,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from .checkpoint import atomic_path, write_json
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig
-from .pipeline import HELDOUT, TRAINING, ConvertConfig, SparseOptions, say
+from .pipeline import HELDOUT, PAPER, TRAINING, ConvertConfig, SparseOptions, say
 
 T = TypeVar("T")
 Sources = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
@@ -82,8 +83,10 @@ class Convert(OfModel, ConvertConfig):
     """Training text: files, directories, hub datasets, installed-docs, installed-python, package:NAME."""
     heldout: Sources = HELDOUT
     """Text for the verification."""
+    recipe: Literal["default", "paper"] = "default"
+    """What the settings are where no flag says otherwise: this project's, or the paper's (rtpurbo.pipeline.PAPER)."""
     dry_run: bool = False
-    """Say what it will take in time, memory and disk, and stop."""
+    """Say what it will take in time, memory and disk, with which settings, and stop."""
 
     def run(self) -> Any:
         """Convert and print the table."""
@@ -104,6 +107,26 @@ class Convert(OfModel, ConvertConfig):
             revision=self.revision,
         )  # fmt: skip
         return _print_result(output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertByPaper(Convert):
+    """Make a sparse version of a model by the paper's recipe: calibrate, train the index, distil, verify, report."""
+
+    recipe: Literal["default", "paper"] = "paper"
+    top_p: float = PAPER.top_p
+    min_probability: float = PAPER.min_probability
+    calibrate: CalibrateConfig = PAPER.calibrate
+    indexer: IndexerConfig = PAPER.indexer
+    distill: DistillConfig = PAPER.distill
+
+
+def _commands(arguments: list[str]) -> dict[str, Callable[..., Any]]:
+    """COMMANDS, with the defaults of the recipe that the arguments of `convert` ask for, so that flags win over it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    asked, _ = parser.parse_known_args(arguments)
+    return {**COMMANDS, "convert": ConvertByPaper} if asked.recipe == "paper" else COMMANDS
 
 
 def _part(command: Any, config: type[T]) -> T:
@@ -635,9 +658,13 @@ def _check_files(command: Common) -> None:
 
 
 def _print_estimate(result: dict[str, Any], output: Path) -> None:
+    for name, row in result["settings"].items():
+        value = " ".join(map(str, row["value"])) if isinstance(row["value"], tuple) else row["value"]
+        _out(f"{name:26s} {'–' if value is None else value!s:18s} {row['from']}")
     for name, seconds in result["seconds"].items():
-        _out(f"{name:16s} about {seconds / 60:.1f} min")
-    _out(f"{'memory':16s} about {result['memory_gib']} GiB")
+        memory = result["memory_gib"].get(name)
+        _out(f"{name:16s} about {seconds / 60:.1f} min" + (f", memory {memory:.1f} GiB" if memory is not None else ""))
+    _out(f"{'memory':16s} {result['memory_gib']['largest']:.1f} GiB at most, computed (docs/memory.md)")
     _out(f"{'disk':16s} about {result['disk_mib']} MiB in {output}")
 
 
@@ -713,8 +740,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:  # how the libraries below talk to each other is not the user's business
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
+    commands = _commands(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="rtpurbo", description=__doc__)
+        command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="rtpurbo", description=__doc__)
         _check_files(command)
         result = command.run()
         if command.json is not None:

@@ -140,6 +140,9 @@ class CalibrateConfig:
     window_mass: float | None = None
     """Give every local KV head the shortest window (an eighth, a quarter, a half or all of window_tokens, at least 128) that
     keeps this share, in (0, 1], of its attention mass in window and sinks on ordinary text; default: all of it."""
+    target_recovery: float | None = None
+    """Take as many heads as recover this share, in (0, 1], of the dense model's answers and of its probability of ordinary
+    text, with nothing trained: retrieval_ratio at least, all at most. Default: retrieval_ratio."""
     check_samples: int = 8
     """Retrieval questions that check the choice, dense against dense retrieval heads + window; 0 skips the check."""
     seed: int = 0
@@ -155,6 +158,13 @@ class CalibrateConfig:
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
         mass = self.window_mass
         _require(mass is None or 0.0 < mass <= 1.0, "window_mass", "in (0, 1]", mass)
+        target = self.target_recovery
+        _require(target is None or 0.0 < target <= 1.0, "target_recovery", "in (0, 1]", target)
+        if target is not None and self.threshold is not None:
+            raise ValueError(
+                f"threshold ({self.threshold}) and target_recovery ({target}) both say how many heads retrieve; "
+                "leave one of them out."
+            )
         _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
 
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint, writing
@@ -39,6 +40,8 @@ LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_DOCUMENTS = 2048
 """Different training documents; longer runs see them again, cut and labelled otherwise."""
 HELD_OUT_DOCUMENTS = 2
+LABELS_PER_PIECE = 256
+"""Labels whose logits are in float32 at a time."""
 
 
 def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
@@ -60,6 +63,30 @@ def top_kl(student: Tensor, teacher: Tensor, top: int) -> Tensor:
 def _log_rest(log_top: Tensor) -> Tensor:
     """log(1 - sum(exp(log_top))), safe where the top classes hold nearly everything."""
     return torch.log1p(-log_top.exp().sum(-1).clamp(max=1 - 1e-6))
+
+
+def label_losses(student: Tensor, teacher: Tensor, expected: Tensor, top: int) -> Tensor:
+    """What every label loses: `top_kl`, or the cross-entropy where it is an answer.
+
+    In pieces that the backward pass computes again where there are many labels: each float32 copy of the logits of 2048
+    labels takes a gigabyte with a vocabulary of 128K, and there would be five.
+
+    Args:
+        student, teacher: [labels, vocabulary] logits.
+        expected: [labels] the token of an answer, -1 for other labels.
+
+    Returns:
+        [labels] float32
+    """
+
+    def losses(student: Tensor, teacher: Tensor, expected: Tensor) -> Tensor:
+        nll = F.cross_entropy(student.float(), expected, ignore_index=-1, reduction="none")
+        return top_kl(student, teacher, top).where(expected < 0, nll)
+
+    if len(expected) <= LABELS_PER_PIECE:
+        return losses(student, teacher, expected)
+    pieces = zip(*(part.split(LABELS_PER_PIECE) for part in (student, teacher, expected)), strict=True)
+    return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
 
 
 def training_batch(
@@ -167,9 +194,8 @@ def distill(
                 got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
             same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
             agree = (same.sum(-1) / (weights > 0).sum(-1)).mean()
-            kl = top_kl(got.flatten(0, 1), want.flatten(0, 1), config.top_logits)
-            nll = F.cross_entropy(got.flatten(0, 1).float(), expected.flatten(), ignore_index=-1, reduction="none")
-            return (kl.where(expected.flatten() < 0, nll) * weights.flatten()).sum() / len(some), agree
+            losses = label_losses(got.flatten(0, 1), want.flatten(0, 1), expected.flatten(), config.top_logits)
+            return (losses * weights.flatten()).sum() / len(some), agree
 
         @torch.no_grad()
         def held_out_loss() -> float:

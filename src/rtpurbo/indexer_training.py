@@ -16,8 +16,8 @@ Shapes: U index units of a layer, S query heads per unit, m sampled queries, N t
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,15 @@ class Capture:
         """The same with some of the queries."""
         return Capture(self.rows[picks], self.q_pre[:, picks], self.q[:, :, picks], self.k_pre, self.k, self.scaling)
 
+    def size(self) -> tuple[int, int]:
+        """Kept queries and tokens."""
+        return len(self.rows), self.k.shape[1]
+
+    def of_unit(self, unit: int) -> Capture:
+        """The same with rotated queries and keys of one unit."""
+        here = slice(unit, unit + 1)
+        return replace(self, q=self.q[here], k=self.k[here])
+
 
 @torch.no_grad()
 def capture(model: Any, tokens: Tensor, rows: Tensor, heads: HeadMap) -> dict[int, Capture]:
@@ -97,9 +106,10 @@ def capture(model: Any, tokens: Tensor, rows: Tensor, heads: HeadMap) -> dict[in
 
 
 def target_attention(c: Capture) -> Tensor:
-    """Full attention of every unit, the mean of its heads': [U, m, N] float32."""
-    logits = torch.einsum("usmd,und->usmn", c.q.float(), c.k.float()) * c.scaling
-    return _causal(logits, c.rows).softmax(-1).mean(1)
+    """Full attention of every unit, the mean of its heads': [U, m, N] float32. One unit after the other: all of a layer's
+    heads at once would take gigabytes."""
+    logits = ((q.float() @ k.float().mT) * c.scaling for q, k in zip(c.q, c.k, strict=True))  # [S, m, N] each
+    return torch.stack([_causal(unit, c.rows).softmax(-1).mean(0) for unit in logits])
 
 
 def unit_scores(layer: LayerIndexer, c: Capture, index_dtype: IndexDtype = "auto") -> Tensor:
@@ -143,38 +153,45 @@ def far_weights(target: Tensor, rows: Tensor, sparse: SparseConfig) -> Tensor:
 
 
 @torch.no_grad()
-def closed_form_start(indexer: nn.ModuleDict, captures: list[dict[int, Capture]]) -> None:
-    """Set every projection from captures of a few documents, in place.
+def closed_form_start(indexer: nn.ModuleDict, captures: Iterable[dict[int, Capture]]) -> None:
+    """Set every projection from captures of a few documents, which need not be in memory together, in place.
 
     With queries q, keys k centred per document and the logits l of the unit's attention centred per query, the bilinear
     form that explains l best is Cq^-1 E[q l k'] Ck^-1; its best rank-d approximation under the covariances Cq and Ck
     comes from the SVD of Cq^-1/2 E[q l k'] Ck^-1/2.
     """
-    for name, layer in indexer.items():
-        assert isinstance(layer, LayerIndexer)
-        units, size, dim = layer.query.shape[0], layer.query.shape[2], layer.key.shape[2]
-        zeros = partial(torch.zeros, dtype=torch.float64, device=layer.query.device)
-        query, key, cross = zeros(units, size, size), zeros(units, dim, dim), zeros(units, size, dim)
-        queries = keys = 0
-        for c in (c[int(name)] for c in captures):
-            logits = target_attention(c).clamp(min=1e-8).log()  # [U, m, N]
-            seen = torch.arange(logits.shape[-1], device=logits.device) <= c.rows[:, None]
-            seen_count = seen.sum(-1, keepdim=True)
-            logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
-            q = layer.unit_queries(c.q_pre[None])[0].double()  # [U, m, S*D]
-            k = c.k_pre.index_select(0, layer.kv_heads).double()  # [U, N, D]
-            k = k - k.mean(1, keepdim=True)
-            query += q.mT @ q
-            key += k.mT @ k
-            cross += q.mT @ ((logits / seen_count).double() @ k) / len(c.rows) / len(captures)
-            queries, keys = queries + q.shape[1], keys + k.shape[1]
+    layers: dict[int, LayerIndexer] = {int(name): layer for name, layer in indexer.items()}  # type: ignore[misc]
+    sums: dict[tuple[int, int], list[Tensor]] = {}
+    documents = queries = keys = 0
+    for document in captures:
+        documents += 1
+        for number, layer in layers.items():
+            for unit in range(layer.query.shape[0]):
+                found = _moments(layer, document[number], unit)
+                before = sums.get((number, unit))
+                sums[number, unit] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+        queries, keys = (n + more for n, more in zip((queries, keys), next(iter(document.values())).size(), strict=True))
+        del document  # before the next one is made
+    for (number, unit), (query, key, cross) in sums.items():
+        layer = layers[number]
         d = layer.query.shape[1]
-        for unit in range(units):
-            root_q, root_k = _inverse_root(query[unit] / queries), _inverse_root(key[unit] / keys)
-            u, s, v = torch.linalg.svd(root_q @ cross[unit] @ root_k)
-            scale = s[:d].sqrt()[:, None]
-            layer.query[unit] = (scale * (u[:, :d].T @ root_q)).to(layer.query.dtype)
-            layer.key[unit] = (scale * (v[:d] @ root_k)).to(layer.key.dtype)
+        root_q, root_k = _inverse_root(query / queries), _inverse_root(key / keys)
+        u, s, v = torch.linalg.svd(root_q @ (cross / documents) @ root_k)
+        scale = s[:d].sqrt()[:, None]
+        layer.query[unit] = (scale * (u[:, :d].T @ root_q)).to(layer.query.dtype)
+        layer.key[unit] = (scale * (v[:d] @ root_k)).to(layer.key.dtype)
+
+
+def _moments(layer: LayerIndexer, c: Capture, unit: int) -> list[Tensor]:
+    """Sums over one document of q q' [S*D, S*D], k k' [D, D] and q l k' [S*D, D] for one unit, float64."""
+    logits = target_attention(c.of_unit(unit))[0].clamp(min=1e-8).log()  # [m, N]
+    seen = torch.arange(logits.shape[-1], device=logits.device) <= c.rows[:, None]
+    seen_count = seen.sum(-1, keepdim=True)
+    logits = torch.where(seen, logits - (logits * seen).sum(-1, keepdim=True) / seen_count, 0.0)
+    q = layer.unit_queries(c.q_pre[None])[0, unit].double()  # [m, S*D]
+    k = c.k_pre[layer.kv_heads[unit]].double()  # [N, D]
+    k = k - k.mean(0, keepdim=True)
+    return [q.mT @ q, k.mT @ k, q.mT @ ((logits / seen_count).double() @ k) / len(c.rows)]
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
@@ -256,8 +273,8 @@ def train_indexer(
         return found
 
     if config.start == "closed_form":
-        first = [fetch(i) for i in track(range(min(4, len(texts))), total=min(4, len(texts)), what="Closed-form start")]
-        closed_form_start(indexer, first)
+        first = range(min(4, len(texts)))
+        closed_form_start(indexer, map(fetch, track(first, total=len(first), what="Closed-form start")))
     units = sum(len(heads.units(layer)) for layer in heads.layers)
     world, rank = accelerator.num_processes, accelerator.process_index
     for p in indexer.parameters():  # processes that start alike stay alike, also where their hardware rounds differently

@@ -39,7 +39,7 @@ from .config import (
     default_window_tokens,
 )
 from .data import check_source
-from .families import check_index_dim, check_lengths, context_tokens, document_length, head_counts
+from .families import attention_layers, check_index_dim, check_lengths, context_tokens, document_length, head_counts
 from .model_card import overlap_sentence, read_evaluation
 from .models import fingerprint
 from .training import METRICS_FILE
@@ -102,6 +102,40 @@ class ConvertConfig(SparseOptions):
     """Stage 2: distil; 0 steps leave it out."""
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     """The verification at the end."""
+
+
+PAPER = ConvertConfig(
+    top_p=0.9,  # section 3.2: the smallest set that holds 0.9 of the index's mass ...
+    min_probability=0.0,  # ... and no other rule
+    calibrate=CalibrateConfig(
+        granularity="head",  # section 3.1: query heads, one by one ...
+        retrieval_ratio=0.15,  # ... the highest 15 % over the whole model ...
+        scoring="needle",  # ... by the attention from a repeated span to where it was before ...
+        documents=3,  # ... in one document. Three is the least here, one of each kind; only the first one's span counts
+    ),
+    indexer=IndexerConfig(
+        steps=600,  # section 3.2: about 600
+        start="random",  # section 3.2 names no other
+        far_weighting=False,  # section 3.2: KL to the whole attention, all queries alike ...
+        near_as_one=False,  # ... and token by token
+        retrieval_ratio=0.0,  # section 3.2: long documents, no synthetic questions among them
+    ),
+    distill=DistillConfig(
+        steps=600,  # section 3.3: about 600 ...
+        batch_size=1,
+        labels=2048,  # ... and 1.2M label tokens in all: about 2K a step
+        weights="full",  # section 3.3: the sparse model end to end
+        top_logits=10,  # section 3.3: the dense model's ten
+        answer_weight=0.0,
+        retrieval_ratio=0.0,  # section 3.3: nothing but the dense model's distribution is learned
+        learning_rate=2e-5,  # not known; what suits all weights, not measured here
+    ),
+)
+"""The paper's recipe, as far as its numbers are known (arXiv 2605.16928); the rest is the default's. The window follows the
+model by the default's rule, which gives the paper's 8192 from a context of 64K on; sinks (4) and dimensions (16) are
+the paper's by default. What stays ours: half of the training documents are cut to a half or a quarter (the paper's
+have 32K to 80K tokens), 256 queries a document teach the index, and the tokens beyond the ten are one more class of
+the loss."""
 
 
 def say(text: str) -> None:
@@ -231,7 +265,8 @@ def finished_stage(
         return None
     got = dict(record["settings"])
     if name == "calibrate":
-        got.setdefault("window_mass", None)  # it was not there yet
+        for newer in ("window_mass", "target_recovery"):
+            got.setdefault(newer, None)  # it was not there yet
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
         if record.get("sparse") != sparse.to_dict():
@@ -270,10 +305,20 @@ def save_stage(path: Path, name: str, artifact: Artifact, sources: list[str] | t
 
 
 def findings(artifact: Artifact, name: str) -> list[str]:
-    """What a person should read after a stage: calibration's head map and overlap, and what the stage warns of."""
+    """What a person should read after a stage: calibration's head map, how it came to so many heads, and its overlap; and
+    what the stage warns of."""
     metrics = artifact.stages[name]["metrics"]
-    chosen = [str(artifact.heads), overlap_sentence(metrics)] if name == "calibrate" else []
+    chosen = [str(artifact.heads), recovery_sentence(metrics), overlap_sentence(metrics)] if name == "calibrate" else []
     return [line for line in (*chosen, *(f"Note: {note}" for note in metrics.get("notes", []))) if line]
+
+
+def recovery_sentence(metrics: dict[str, Any]) -> str:
+    """Which shares calibration tried for its target and which one it took, "" without a target."""
+    found = metrics.get("target_recovery")
+    if found is None:
+        return ""
+    tried = ", ".join(f"{row['ratio']:.0%} {row['recovery']:.3f}" for row in found["tried"])
+    return f"Target recovery {found['target']:g}: {found['chosen_ratio']:.0%} chosen (share and recovery: {tried})."
 
 
 def verify(
@@ -304,16 +349,75 @@ def verify(
     return result
 
 
+def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
+    """The settings that a conversion of this model comes to, each with where it comes from.
+
+    Window and lengths follow from the context, the number of retrieval units from the number of heads. Nothing else follows
+    from the model by default: what was measured (SmolLM2-135M, in part Qwen2.5-Coder-0.5B, docs/log.md) does not say how
+    share, least probability, steps or rates should change with size.
+
+    Returns:
+        {setting: (value, half a sentence)}
+    """
+    context = context_tokens(model)
+    sparse, default = config.sparse(context=context), ConvertConfig()
+    c, i, d = config.calibrate, config.indexer, config.distill
+    _, query_heads, kv_heads, _ = head_counts(model)
+    what, each = ("KV groups", kv_heads) if c.granularity == "group" else ("query heads", query_heads)
+    units = len(attention_layers(model)) * each
+    kept = f"{c.retrieval_ratio:.0%} of {units} {what}, over the whole model"
+    if c.threshold is not None:
+        kept = f"as many of {units} {what} as score {c.threshold:g}"
+    elif c.target_recovery is not None:
+        kept += f", or more until {c.target_recovery:g} is recovered"
+    at_most = f"at most {LONGEST_TOKENS}"
+    all_of = f"all of the context of {context}, {at_most}"
+
+    def plain(part: Any, usual: Any, name: str, why: str) -> tuple[Any, str]:
+        """A setting that no model changes."""
+        value, before = getattr(part, name), getattr(usual, name)
+        return value, f"the default; {why}" if value == before else f"asked for; the default is {before}"
+
+    def length(part: Any) -> tuple[int, str]:
+        return (part.length_tokens, "asked for") if part.length_tokens else (min(context, LONGEST_TOKENS), all_of)
+
+    window = f"an eighth of the context of {context}, from 256 to 8192"
+    parts = f"a quarter, a half and {all_of}, at least 2 windows"
+    one_size = "measured on SmolLM2-135M alone"
+    return {
+        "window_tokens": (sparse.window_tokens, window if config.window_tokens is None else "asked for"),
+        "retrieval_ratio": plain(c, default.calibrate, "retrieval_ratio", "the paper's share of heads"),
+        "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
+        "top_p": plain(config, default, "top_p", "the least probability decides alone"),
+        "min_probability": plain(config, default, "min_probability", f"no query selects more than 10000 tokens; {one_size}"),
+        "calibrate.lengths_tokens": (
+            c.lengths_tokens or default_lengths(context, sparse),
+            "asked for" if c.lengths_tokens else parts,
+        ),
+        "indexer.length_tokens": length(i),
+        "indexer.steps": plain(i, default.indexer, "steps", f"600 were {one_size}"),
+        "indexer.batch_size": plain(i, default.indexer, "batch_size", "documents a step and process"),
+        "indexer.learning_rate": plain(i, default.indexer, "learning_rate", f"the best of three, {one_size}"),
+        "distill.length_tokens": length(d),
+        "distill.steps": plain(d, default.distill, "steps", f"600 of 8 were {one_size}"),
+        "distill.batch_size": plain(d, default.distill, "batch_size", "documents a step and process"),
+        "distill.weights": plain(d, default.distill, "weights", "all weights were not measured"),
+        "distill.learning_rate": plain(d, default.distill, "learning_rate", f"for an adapter; {one_size}"),
+    }
+
+
 def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     """What a conversion will take: forward passes counted from the settings, timed on this machine with one short pass.
 
     Returns:
-        "seconds" per stage and in all (rough: within a factor of two), "memory_gib" (weights, activations, captures,
-        optimiser), "disk_mib" of the artefact.
+        "seconds" per stage and in all (rough: within a factor of two); "memory_gib" per stage and "largest", computed as
+        `memory.memory` says; "disk_mib" of the artefact; "settings", see `resolved`.
     """
     import time
 
     import torch
+
+    from .memory import Shape, memory
 
     sparse = config.sparse(context=context_tokens(model))
     context = min(context_tokens(model), LONGEST_TOKENS)
@@ -330,7 +434,6 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
         per_step = time.perf_counter() - begin
     per_token = min(times) / probe.shape[1]
     layers, query_heads, kv_heads, head_dim = head_counts(model)
-    text_config = model.config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
 
     def forward(length: int) -> float:
@@ -345,7 +448,9 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     indexer_length, distill_length = i.length_tokens or context, d.length_tokens or context
     samples = e.samples * len(e.lengths_tokens) if len(e.samples) == 1 else e.samples
     seconds = {
-        "calibrate": sum(passes * c.documents * forward(n) for n in lengths) + 2 * c.check_samples * forward(max(lengths)),
+        "calibrate": sum(passes * c.documents * forward(n) for n in lengths)
+        + 2 * c.check_samples * forward(max(lengths))
+        + 4 * 50 * forward(max(lengths)) * (c.target_recovery is not None),  # the dense model and about three shares
         "train_indexer": (min(i.documents, i.steps * i.batch_size) + 8) * forward(indexer_length)
         + i.steps * i.batch_size * 0.1 * forward(indexer_length),
         "distill": 6.0 * d.steps * d.batch_size * forward(distill_length),
@@ -354,20 +459,17 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
         + (4 if d.steps else 2) * e.short_documents * forward(min(2048, context))
         + 3 * e.long_tokens * (per_step + e.long_prompts * per_token),
     }
-    bytes_each = next(model.parameters()).element_size()
-    longest = max(indexer_length, distill_length, *lengths, *e.lengths_tokens)
-    # values and outputs: each as wide as hidden_size in and out, at most; MLPs: three projections
-    widths = 4 * text_config.hidden_size + 3 * (text_config.hidden_size + text_config.intermediate_size)
-    trained = parameters if d.weights == "full" else layers * d.lora_rank * widths
-    together = max(longest, distill_length * d.batch_size) if d.steps else longest
-    memory = parameters * bytes_each + 12 * trained + together * layers * text_config.hidden_size * bytes_each * 2
-    memory += 20 * d.batch_size * min(d.labels, distill_length) * text_config.vocab_size * bool(d.steps)
-    memory += 40 * together * text_config.hidden_size * bytes_each + i.capture_gib * 2**30 * bool(i.steps)
+    shape = Shape.of(model)
+    gpu = model.device.type == "cuda"
+    of_gpu = torch.cuda.get_device_properties(model.device).total_memory if gpu else 0
+    needed = {name: sum(terms.values()) for name, terms in memory(shape, config, gpu_bytes=of_gpu).items()}
+    trained = parameters if d.weights == "full" else shape.lora_parameters(d.lora_rank)
     units = c.retrieval_ratio * layers * (query_heads if c.granularity == "head" else kv_heads)
     per_unit = sparse.index_dim * head_dim * (1 + (1 if c.granularity == "head" else query_heads // kv_heads))
     disk = 4 * units * per_unit + 2 * trained * bool(d.steps)
     return {
         "seconds": {**{k: round(v) for k, v in seconds.items()}, "total": round(sum(seconds.values()))},
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": {name: round(gib, 2) for name, gib in (needed | {"largest": max(needed.values())}).items()},
         "disk_mib": round(disk / 2**20, 1),
+        "settings": {name: {"value": value, "from": why} for name, (value, why) in resolved(model, config).items()},
     }
