@@ -203,7 +203,7 @@ def make_samples(study: Study, *, task: str, length: int) -> dict[str, Any]:
     count, files = study.args.samples, study.args.ruler_files
     made = documents(task, study.tokenizer, (length,), count=count, files=files, seed=study.args.seed)
     file = study.samples(length, task)
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as path:
         path.write_bytes(gzip.compress(json.dumps(made).encode(), 3))
     return {"documents": len(made)}

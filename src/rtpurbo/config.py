@@ -302,7 +302,7 @@ class EvalConfig:
     task_batch: int = 1
     """Samples of a harness task that are run together."""
     ruler_files: str | None = None
-    """Folder with PaulGrahamEssays.json, squad.json and hotpotqa.json for RULER's tasks (`--tasks ruler`); default: they
+    """Folder with PaulGrahamEssays.json, squad.json and hotpotqa.json for RULER (tasks: ruler); default: they
     are downloaded."""
     seed: int = 0
     """Seed of the samples."""

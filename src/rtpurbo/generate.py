@@ -112,7 +112,8 @@ def greedy(
         caches.append(cache)
         following.append(logits[:, -1].argmax(-1))
     cache, real = join(caches)
-    real, token, new = real.to(model.device), torch.cat(following)[:, None], []
+    real, token = real.to(model.device), torch.cat(following)[:, None]
+    new: list[Tensor] = []
     while True:
         new.append(token.cpu() if not new else torch.where(torch.isin(new[-1], ends), new[-1], token.cpu()))
         if len(new) == max_new_tokens or bool(torch.isin(new[-1], ends).all()) or (finished and finished(torch.cat(new, 1))):

@@ -48,7 +48,10 @@ EVAL_FILE = "eval.json"
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
 """Default sources of training and evaluation text."""
-_NOT_ASKED_BEFORE = {"short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4}
+_NOT_ASKED_BEFORE = {
+    "short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4, "task_batch": 1,
+    "ruler_files": None,
+}  # fmt: skip
 """What an evaluation's settings say that were written before these existed."""
 
 
