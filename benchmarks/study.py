@@ -488,7 +488,35 @@ def run_cell(study: Study, cell: Cell, file: Path) -> None:
     say(f"{cell.name}: {seconds:.1f} s", json.dumps(line)[:300])
 
 
-PRIVATE = ("output", "cells", "workers", "worker", "deadline", "minutes", "list", "commit", "model", "ruler_files")
+def collect(folder: Path, file: Path) -> None:
+    """All finished cells in one file: {"runs": settings and environments, "cells": name -> run, seconds, result}."""
+    runs: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.json")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name.split("/")[0] in ("artefact", "stages", "samples"):
+            continue
+        cell = json.loads(path.read_text())
+        run = {"environment": cell["environment"], "settings": cell["settings"]}
+        if run not in runs:
+            runs.append(run)
+        found[name] = {"run": runs.index(run), "seconds": round(cell["seconds"], 1), "result": cell["result"]}
+    write_json(file, {"runs": runs, "cells": found})
+
+
+PRIVATE = (
+    "output",
+    "collect",
+    "cells",
+    "workers",
+    "worker",
+    "deadline",
+    "minutes",
+    "list",
+    "commit",
+    "model",
+    "ruler_files",
+)
 
 
 def main() -> None:
@@ -528,6 +556,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="begin no cell later than this")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--collect", type=Path, help="write all finished cells to this one file, and stop")
     parser.add_argument("--commit")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -536,6 +565,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     study = Study(args, args.output / args.name)
     plan = [cell for cell in cells(args) if any(fnmatch.fnmatch(cell.name, pattern) for pattern in args.cells)]
+    if args.collect:
+        collect(study.folder, args.collect)
+        return
     if args.list:
         for cell in plan:
             print("done" if (study.folder / f"{cell.name}.json").is_file() else "    ", cell.name)
