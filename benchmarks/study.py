@@ -118,10 +118,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     def ruler(length: int, methods: tuple[str, ...], samples: int, tasks: tuple[str, ...] = TASKS) -> Iterator[Cell]:
         for task in tasks:
             for method in methods:
-                needs = (
-                    f"samples/{length}",
-                    *(("convert",) if method not in ("dense", "quest", "snapkv", "window") else ()),
-                )
+                first = ("convert", "fidelity") if method in RIVALS else () if method == "dense" else ("convert",)
+                needs = (f"samples/{length}/{task}", *first)
                 run = partial(run_ruler, task=task, length=length, method=method, samples=samples)
                 yield Cell(f"ruler/{length}/{task}/{method}", run, needs)
 
