@@ -1,4 +1,5 @@
 # make demo   sets up .venv and runs the whole method on the embedded SmolLM2-135M
+# make study  runs every cell of docs/results.md on it, for hours on a GPU; STUDY gives more arguments
 # make test   installs what tests need and runs them
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo study test lint setup clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/rtpurbo demo --output out/demo
+
+study: $(VENV)/.tests-installed
+	$(BIN)/python benchmarks/study.py smollm2-135m --name smollm2 -o out/study $(STUDY)
 
 test: $(VENV)/.tests-installed
 	$(BIN)/python -m pytest -n 2 --durations 10

@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import study_tables
+from study_tables import INK
+
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
 from rtpurbo.memory import RESERVED_GIB, Shape, longest_documents, memory, with_length
 from rtpurbo.pipeline import ConvertConfig
@@ -305,8 +308,6 @@ def memory_table() -> str:
 
 
 COLOURS = {"heads": "#3b8ed0", "groups": "#e0702a", "paper": "#2ca58d"}
-INK = "#848d97"
-"""Readable on white and on black."""
 
 
 def speed_svg(found: dict[str, Any] | None = None) -> str:
@@ -358,7 +359,8 @@ def speed_svg(found: dict[str, Any] | None = None) -> str:
 
 
 TABLES = {"smollm2": smollm2, "speedups": speedups, "end_to_end": end_to_end, "layer": layer, "memory": memory_table}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md")
+TABLES |= study_tables.TABLES
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md", study_tables.PAGE)
 
 
 def updated(text: str) -> str:
@@ -373,3 +375,4 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(updated(page.read_text()))
     PLOT.write_text(speed_svg())
+    study_tables.write_plot()

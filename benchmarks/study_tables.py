@@ -1,0 +1,403 @@
+"""Tables and the figure of docs/results.md, from what `benchmarks/study.py --collect` writes.
+
+Every table is a function of such a file's content, shows the cells that are there, and is "" when none is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rivals import our_read_ratio
+
+from rtpurbo.config import SparseConfig
+from rtpurbo.evals.statistics import paired
+from rtpurbo.heads import HeadMap
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
+PLOT = ROOT / "docs" / "results.svg"
+MISSING = "Not measured yet."
+MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B-Instruct", "study_smollm2": "SmolLM2-135M"}
+"""File in benchmarks/results -> name of the model."""
+METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
+NEEDED = 0.95
+"""Recovery below which a task is marked, when its interval excludes 0."""
+INK = "#848d97"
+"""Readable on white and on black."""
+Found = dict[str, Any]
+
+
+def load(name: str) -> Found | None:
+    """What was collected of a model, if anything was."""
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def result(found: Found, cell: str) -> Found:
+    """A cell's result; {} when it is missing."""
+    return found["cells"].get(cell, {}).get("result", {})
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown; "" without rows."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]) if rows else ""
+
+
+def interval(pair: Found) -> str:
+    """The 95 % interval of a difference of scores."""
+    return " to ".join(f"{x:+.1%}" for x in pair["difference_95"])
+
+
+def show(value: float | None, form: str) -> str:
+    """A number, or a dash for none."""
+    return "–" if value is None else f"{value:{form}}"
+
+
+def mean(values: list[float]) -> float:
+    """Their mean."""
+    return sum(values) / len(values)
+
+
+def ruler_cells(found: Found) -> dict[int, dict[str, dict[str, Found]]]:
+    """Length -> task -> method -> result of RULER.
+
+    Raises:
+        ValueError: methods were given different prompts of one task and length, or different numbers of them.
+    """
+    cells: dict[int, dict[str, dict[str, Found]]] = {}
+    for name in found["cells"]:
+        if name.startswith("ruler/"):
+            _, length, task, method = name.split("/")
+            at = cells.setdefault(int(length), {}).setdefault(task, {})
+            at[method] = result(found, name)
+            if len({(row["prompts"], len(row["scores"])) for row in at.values()}) > 1:
+                raise ValueError(f"{name}: other prompts than those of {', '.join(m for m in at if m != method)}")
+    return {length: {task: cells[length][task] for task in sorted(cells[length])} for length in sorted(cells)}
+
+
+def average_interval(pairs: list[tuple[list[float], list[float]]], *, seed: int = 0, resamples: int = 2000) -> list[float]:
+    """95 % interval of the mean over tasks of each task's mean of second - first; samples are redrawn within each task."""
+    rng = random.Random(seed)
+    differences = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
+    means = sorted(mean([mean(rng.choices(task, k=len(task))) for task in differences]) for _ in range(resamples))
+    return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
+
+
+def ruler(found: Found) -> str:
+    """RULER, dense and sparse, a table for every length."""
+    parts = []
+    for length, tasks in ruler_cells(found).items():
+        rows, pairs = [], []
+        for task, at in tasks.items():
+            shown = [at[method] for method in ("dense", "sparse") if method in at]
+            if not shown:
+                continue
+            dense, sparse = (mean(at[method]["scores"]) if method in at else None for method in ("dense", "sparse"))
+            row = [task, str(len(shown[0]["scores"])), f"{shown[0]['prompt_tokens']['mean']:.0f}"]
+            row += [show(dense, ".1%"), show(sparse, ".1%")]
+            if len(shown) == 2:
+                pairs.append((at["dense"]["scores"], at["sparse"]["scores"]))
+                pair = paired(*pairs[-1])
+                recovery = pair["recovery"]
+                if recovery is not None and recovery < NEEDED and pair["difference_95"][1] < 0:
+                    row[0] = f"**{task}**"
+                row += [show(recovery, ".3f"), interval(pair)]
+            else:
+                row += ["–", "–"]
+            rows.append(row)
+        if pairs:
+            dense, sparse = (mean([mean(pair[i]) for pair in pairs]) for i in (0, 1))
+            row = [f"average of {len(pairs)}", str(sum(len(a) for a, _ in pairs)), "", f"{dense:.1%}", f"{sparse:.1%}"]
+            row += [show(sparse / dense if dense else None, ".3f"), interval({"difference_95": average_interval(pairs)})]
+            rows.append(row)
+        header = [f"RULER, {length} tokens", "samples", "prompt tokens", "dense", "sparse", "recovery", "difference, 95 %"]
+        parts += [table(header, rows)] if rows else []
+        cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values())
+        parts += [f"{cut} prompts did not fit and were cut."] if cut else []
+    return "\n\n".join(parts)
+
+
+def prose(found: Found) -> str | None:
+    """Name of the source that the fidelity cell calls prose: the first."""
+    cell = found["cells"].get("fidelity")
+    return Path(found["runs"][cell["run"]]["settings"]["dev"][0]).name if cell else None
+
+
+def our_bytes(found: Found, length: int) -> float | None:
+    """Bytes that a decode step of the sparse model reads over a dense one's, by arithmetic, from the measured share."""
+    made, row = result(found, "convert"), result(found, "fidelity").get(f"{prose(found)} {length}")
+    if not made or not row:
+        return None
+    heads, config = HeadMap.from_dict(made["heads"]), SparseConfig(**made["sparse"])
+    return our_read_ratio(heads, config, length, row["index"]["far_selected_ratio"], made["base_model"]["head_dim"])
+
+
+def compared(found: Found) -> Found | None:
+    """All methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
+
+    Returns:
+        "length", "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
+    """
+    cells = ruler_cells(found)
+    if not cells:
+        return None
+    lengths = list(cells)
+    rivals = {n: sum(len(set(at) - {"dense", "sparse"}) for at in cells[n].values()) for n in lengths}
+    length = max(lengths, key=lambda n: rivals[n]) if any(rivals.values()) else lengths[len(lengths) // 2]
+    methods = [method for method in METHODS if any(method in at for at in cells[length].values())]
+    tasks = [task for task, at in cells[length].items() if all(method in at for method in methods)]
+    if not tasks:
+        return None
+    some = cells[length]
+    bytes_read: dict[str, float | None] = {}
+    for method in methods:
+        ratios = [some[task][method].get("bytes_ratio") for task in tasks]
+        ratios = [x for x in ratios if x is not None and not math.isnan(x)]
+        bytes_read[method] = mean(ratios) if ratios else None
+    bytes_read |= {method: 1.0 for method in methods if method == "dense"}
+    bytes_read |= {method: our_bytes(found, length) for method in methods if method == "sparse"}
+    scores = {method: [some[task][method]["scores"] for task in tasks] for method in methods}
+    return {"length": length, "tasks": tasks, "scores": scores, "bytes": bytes_read}
+
+
+def rivals(found: Found) -> str:
+    """All methods at one length; "" when there is none but dense and sparse."""
+    at = compared(found)
+    if at is None or not set(at["scores"]) - {"dense", "sparse"}:
+        return ""
+    flat = {method: [x for task in tasks for x in task] for method, tasks in at["scores"].items()}
+    rows = []
+    for method, tasks in at["scores"].items():
+        row = [method, f"{mean([mean(task) for task in tasks]):.1%}"]
+        if method == "sparse" or "sparse" not in flat:
+            row.append("–")
+        else:
+            pair = paired(flat["sparse"], flat[method], other="method")
+            row.append(f"{pair['difference']:+.1%} ({interval(pair)})")
+        rows.append([*row, show(at["bytes"][method], ".3f"), *(f"{mean(task):.1%}" for task in tasks)])
+    header = [f"RULER, {at['length']} tokens", f"average of {len(at['tasks'])}", "difference to sparse", "bytes read"]
+    samples = len(next(iter(flat.values())))
+    return (
+        table([*header, *at["tasks"]], rows)
+        + f"\n\n{samples} samples for every method, the same prompts. Bytes read: cache bytes of a decode step over the "
+        "dense model's, measured, for sparse by arithmetic from the measured share of far tokens."
+    )
+
+
+def change(row: Found, a: str = "dense", b: str = "sparse") -> float:
+    """Relative change from a to b."""
+    return row[b] / row[a] - 1
+
+
+def fidelity(found: Found) -> str:
+    """Held-out loss and the index, by source and length."""
+    rows = []
+    for key, row in result(found, "fidelity").items():
+        worst = max(change(part, "loss_dense", "loss_sparse") for part in row["by_position"])
+        index = row.get("index", {})
+        rows.append(
+            [
+                key, f"{row['documents']}", f"{row['dense']:.3f}", f"{row['sparse']:.3f}", f"{change(row):+.2%}",
+                f"{worst:+.2%}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}", show(index.get("mass_kept"), ".1%"),
+                show(index.get("far_selected_ratio"), ".1%"), show(index.get("documents"), ""),
+            ]
+        )  # fmt: skip
+    header = [
+        "source, tokens",
+        "documents",
+        "loss, dense",
+        "sparse",
+        "change",
+        "worst eighth",
+        "KL, nats",
+        "top-1 agreement",
+    ]
+    return table([*header, "mass kept", "far tokens", "documents for these"], rows)
+
+
+def short_context(found: Found) -> str:
+    """Short documents and SQuAD questions."""
+    cell, rows = result(found, "short_context"), []
+    names = {"sparse": "sparse", "weights": "distilled weights, dense attention"}
+    for source, row in cell.get("documents", {}).items():
+        for name in (n for n in names if n in row):
+            one, what = row[name], f"loss, {Path(source).name}, {row['length_tokens']} tokens"
+            cells = [what, names[name], f"{one['samples']}", f"{one['dense']:.3f}"]
+            rows.append([*cells, f"{one[name]:.3f}", f"{change(one, b=name):+.2%}"])
+    for metric in (m for m in ("contains", "f1") if m in cell.get("squad", {})):
+        for name, one in cell["squad"][metric].items():
+            cells = [f"SQuAD, {metric}", names[name], f"{one['samples']}", f"{one['dense']:.1%}", f"{one[name]:.1%}"]
+            rows.append([*cells, interval(one)])
+    return table(["short context", "model", "samples", "dense", "this", "change or 95 %"], rows)
+
+
+def long_generation(found: Found) -> str:
+    """Generations after long prompts."""
+    cell = result(found, "long_generation")
+    if not cell:
+        return ""
+    rows = [
+        [name, f"{cell['prompts']}", f"{cell[name]['repetition']:.1%}", f"{cell[name]['loss']:.3f}"]
+        for name in ("dense", "sparse")
+    ]
+    first, last = cell["drift"][0], cell["drift"][-1]
+    header = [f"{cell['tokens']} tokens after {cell['prompt_tokens']}", "prompts", "repeated", "loss under the dense model"]
+    return table(header, rows) + (
+        f"\n\nFed the dense model's text, the sparse model differs by {first['kl']:.4f} nats (KL) in the first eighth and "
+        f"{last['kl']:.4f} in the last; top-1 agreement {first['top1_agreement']:.1%} and {last['top1_agreement']:.1%}."
+    )
+
+
+def needles(found: Found) -> str:
+    """Needle questions in held-out prose."""
+    cell = result(found, "needles")
+    rows = [
+        [
+            f"{row['kind']}, {row['length_tokens']}", f"{row['samples']}", f"{row['dense']:.1%}", f"{row['sparse']:.1%}",
+            show(row["recovery"], ".3f"), interval(row),
+        ]
+        for row in cell.get("needle", [])
+    ]  # fmt: skip
+    text = table(["needles, tokens", "samples", "dense", "sparse", "recovery", "difference, 95 %"], rows)
+    if text and "speed" in cell:
+        dense, sparse = (cell["speed"][name]["cache_bytes"] / 1e6 for name in ("dense", "sparse"))
+        text += f"\n\nCache of one document of {max(cell['settings']['lengths_tokens'])}: {dense:.0f} MB, {sparse:.0f} MB."
+    return text
+
+
+def conversion(found: Found) -> str:
+    """What the conversion took."""
+    cell = result(found, "convert")
+    if not cell:
+        return ""
+    rows = [
+        [stage, show(cell["seconds"].get(stage), ".0f"), show(cell["peak_gigabytes"].get(stage), ".1f")]
+        for stage in ("calibrate", "train_indexer", "distill")
+        if stage in cell["stages"]
+    ]
+    return table(["stage, one conversion", "seconds", "peak GB of the GPU"], rows) + (
+        f"\n\nArtefact {cell['megabytes']:.1f} MB; {cell['full_kv_ratio']:.1%} of the KV groups or heads keep all tokens; "
+        f"window {cell['sparse']['window_tokens']}."
+    )
+
+
+def ablations(found: Found) -> str:
+    """The short recipe with something changed, one row each."""
+    cells = {name.split("/", 1)[1]: cell for name, cell in found["cells"].items() if name.startswith("ablation/")}
+    if not cells:
+        return ""
+    cells = {name: cells[name] for name in sorted(cells, key=lambda name: (name != "default", name))}
+    some = next(iter(cells.values()))
+    sources = [Path(source).name for source in found["runs"][some["run"]]["settings"]["dev"]]
+    asked = [(row["kind"], row["length_tokens"]) for row in some["result"]["needle"]]
+
+    def scores(cell: Found, which: str) -> list[str]:
+        at = {(row["kind"], row["length_tokens"]): row for row in cell["result"]["needle"]}
+        return [f"{at[key][which]:.1%}" if key in at else "–" for key in asked]
+
+    def each(rows: Found, make: Any) -> list[str]:
+        return [make(rows[source]) if rows.get(source) else "–" for source in sources]
+
+    rows = [["(dense)", *scores(some, "dense"), *[""] * (len(sources) + 2)]]
+    for name, cell in cells.items():
+        kept, far = (
+            " / ".join(each(cell["result"]["index"], lambda row, key=key: f"{row[key]:.1%}"))
+            for key in ("mass_kept", "far_selected_ratio")
+        )
+        losses = each(cell["result"]["loss"], lambda row: f"{change(row):+.2%}")
+        rows.append([name, *scores(cell, "sparse"), *losses, kept, far])
+    header = ["", *(f"{kind}, {n}" for kind, n in asked), *(f"loss, {source}" for source in sources)]
+    questions = "/".join(str(n) for n in sorted({row["samples"] for row in some["result"]["needle"]}))
+    documents = max((row["documents"] for row in some["result"]["loss"].values()), default=0)
+    return table([*header, "mass kept", "far tokens"], rows) + (
+        f"\n\n{questions} questions of each kind and length, {documents} documents of each source for the loss. "
+        "One training run each: small differences may be chance."
+    )
+
+
+PARTS = {
+    "RULER": ruler, "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
+    "Long generation": long_generation, "Conversion": conversion, "Ablations": ablations,
+}  # fmt: skip
+
+
+def everything(found: Found | None) -> str:
+    """All tables of a model that have rows, under their headings."""
+    parts = [f"### {name}\n\n{text}" for name, make in PARTS.items() if found and (text := make(found))]
+    if not found or not parts:
+        return MISSING
+    for run in found["runs"]:
+        at = run["environment"]
+        parts.append(f"One {at['device']}, PyTorch {at['torch']}, Transformers {at['transformers']}, commit {at['commit']}.")
+    return "\n\n".join(dict.fromkeys(parts))
+
+
+def points(found: Found | None) -> dict[str, tuple[float, float]]:
+    """Method -> bytes read and RULER average, of the methods that have both."""
+    at = compared(found) if found else None
+    if at is None:
+        return {}
+    averages = {method: mean([mean(task) for task in tasks]) for method, tasks in at["scores"].items()}
+    return {method: (x, averages[method]) for method, x in at["bytes"].items() if x is not None}
+
+
+def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
+    """RULER average against bytes read, a panel for each model: `found`, by default the files; None without two points."""
+    found = {MODELS[name]: load(name) for name in MODELS} if found is None else found
+    panels = {name: at for name, some in found.items() if len(at := points(some)) > 1}
+    if not panels:
+        return None
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {450 * len(panels)} 380" font-family="sans-serif" '
+        'font-size="13" fill="none">',
+        "<title>RULER average against bytes read by a decode step</title>",
+    ]
+
+    def text(x: float, y: float, content: str, anchor: str = "start", colour: str = INK, size: int = 13) -> None:
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}"'
+        parts.append(f"<text {place}>{content}</text>")
+
+    for left, (name, at) in zip(range(50, 450 * len(panels), 450), panels.items(), strict=True):
+        text(left, 24, f"{name}: RULER average", size=14)
+        for i in range(6):
+            text(left - 6, 334 - 56 * i, f"{20 * i} %", "end")
+            text(left + 10 + 60 * i, 350, f"{i / 5:g}", "middle")
+            parts.append(f'<path d="M{left} {330 - 56 * i}h330" stroke="{INK}" stroke-opacity="0.3"/>')
+        text(left + 160, 370, "bytes read by a decode step over the dense model's", "middle")
+        taken: list[tuple[float, float]] = []
+        for method, (ratio, score) in sorted(at.items(), key=lambda item: -item[1][1]):
+            x, y = left + 10 + 300 * ratio, 330 - 280 * score
+            colour = "#e0702a" if method == "sparse" else "#3b8ed0"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+            below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
+            taken.append((x, below))
+            text(x + 8, below + 4, method, colour=colour)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def figure() -> str:
+    """The page's line that shows the figure."""
+    return "![RULER average against bytes read](results.svg)" if results_svg() else MISSING
+
+
+def write_plot() -> None:
+    """Write docs/results.svg, or remove it when there is nothing to show."""
+    svg = results_svg()
+    if svg is None:
+        PLOT.unlink(missing_ok=True)
+    else:
+        PLOT.write_text(svg)
+
+
+def model_tables(name: str) -> str:
+    """All tables of a model by the name of its file."""
+    return everything(load(name))
+
+
+TABLES = {name: partial(model_tables, name) for name in MODELS} | {"results_plot": figure}

@@ -1,0 +1,173 @@
+"""The tables of a study: exact rows of made-up cells, with cells missing, and what they refuse."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+import study
+import study_tables as tables
+
+SETTINGS = {"dev": ["/text/novels", "package:sklearn"], "lengths": [4096, 8192]}
+ENVIRONMENT = {"device": "GPU", "torch": "2", "transformers": "5", "commit": "abc"}
+PAIR = {"samples": 4, "dense": 0.5, "sparse": 0.25, "recovery": 0.5, "difference": -0.25, "difference_95": [-0.5, 0.0]}
+
+
+def found(**cells: dict) -> dict:
+    """What `collect` writes."""
+    made = {name: {"run": 0, "seconds": 1.0, "result": result} for name, result in cells.items()}
+    return {"runs": [{"environment": ENVIRONMENT, "settings": SETTINGS}], "cells": made}
+
+
+def score(*scores: float, prompts: str = "same", **more: object) -> dict:
+    """What a cell of RULER holds."""
+    return {"scores": list(scores), "prompts": prompts, "prompt_tokens": {"mean": 4000.4}, "prompts_cut": 0, **more}
+
+
+def loss(length: int) -> dict:
+    """What fidelity holds of a source and length."""
+    parts = [{"loss_dense": 2.0, "loss_sparse": 2.0 + 0.01 * i} for i in range(8)]
+    index = {"mass_kept": 0.975, "far_selected_ratio": 0.05, "documents": 4}
+    return {
+        "documents": 8, "length_tokens": length, "dense": 2.0, "sparse": 2.01, "kl": 0.01, "top1_agreement": 0.95,
+        "by_position": parts, "index": index,
+    }  # fmt: skip
+
+
+RULER = {
+    "ruler/4096/niah_single_2/dense": score(*[1.0] * 8),
+    "ruler/4096/niah_single_2/sparse": score(*[1.0] * 8),
+    "ruler/4096/ruler_vt/dense": score(*[1.0] * 8, prompts="vt", prompts_cut=2),
+    "ruler/4096/ruler_vt/sparse": score(*[0.5] * 8, prompts="vt", prompts_cut=2),
+    "ruler/4096/niah_multikey_2/dense": score(*[0.25] * 8),
+}
+
+
+def test_ruler_has_exactly_these_rows():
+    assert tables.ruler(found(**RULER)).splitlines() == [
+        "| RULER, 4096 tokens | samples | prompt tokens | dense | sparse | recovery | difference, 95 % |",
+        "|---|---|---|---|---|---|---|",
+        "| niah_multikey_2 | 8 | 4000 | 25.0% | – | – | – |",
+        "| niah_single_2 | 8 | 4000 | 100.0% | 100.0% | 1.000 | +0.0% to +0.0% |",
+        "| **ruler_vt** | 8 | 4000 | 100.0% | 50.0% | 0.500 | -50.0% to -50.0% |",
+        "| average of 2 | 16 |  | 100.0% | 75.0% | 0.750 | -25.0% to -25.0% |",
+        "",
+        "2 prompts did not fit and were cut.",
+    ]
+
+
+def test_a_loss_that_may_be_chance_is_not_marked():
+    cells = {f"ruler/4096/t/{name}": score(*values) for name, values in (("dense", [1, 0, 1, 1]), ("sparse", [0, 1, 1, 0]))}
+    row = tables.ruler(found(**cells)).splitlines()[2]
+    assert row.startswith("| t | 4 | 4000 | 75.0% | 50.0% | 0.667 | ")
+
+
+@pytest.mark.parametrize("other", [score(1.0, prompts="other"), score(1.0, 1.0)])
+def test_other_prompts_are_refused(other):
+    cells = {"ruler/4096/t/dense": score(1.0), "ruler/4096/t/sparse": other}
+    for make in (tables.ruler, tables.rivals):
+        with pytest.raises(ValueError, match="ruler/4096/t/sparse: other prompts than those of dense"):
+            make(found(**cells))
+
+
+def test_the_average_redraws_samples_within_tasks():
+    low, high = tables.average_interval([([0.0] * 50, [0.0, 1.0] * 25), ([1.0] * 4, [1.0] * 4)])
+    assert 0.17 < low < 0.22  # 0.25 -/+ 1.96 * half of the first task's standard error of 0.0707
+    assert 0.28 < high < 0.33
+
+
+def test_rivals_share_the_tasks_that_all_have():
+    cells = {
+        f"ruler/4096/{task}/{method}": score(*values, **({"bytes_ratio": 0.25} if method == "quest" else {}))
+        for task in ("a", "b")
+        for method, values in (("dense", [1, 1]), ("sparse", [1, 1]), ("quest", [0, 0]))
+    }
+    assert tables.rivals(found(**cells)).splitlines()[:5] == [
+        "| RULER, 4096 tokens | average of 2 | difference to sparse | bytes read | a | b |",
+        "|---|---|---|---|---|---|",
+        "| dense | 100.0% | +0.0% (+0.0% to +0.0%) | 1.000 | 100.0% | 100.0% |",
+        "| sparse | 100.0% | – | – | 100.0% | 100.0% |",
+        "| quest | 0.0% | -100.0% (-100.0% to -100.0%) | 0.250 | 0.0% | 0.0% |",
+    ]
+    svg = tables.results_svg({"Model": found(**cells), "Other": None})
+    text = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"dense", "quest", "Model: RULER average"} <= set(text)
+    assert "sparse" not in text
+    del cells["ruler/4096/a/quest"]
+    assert "| average of 1 |" in tables.rivals(found(**cells))
+    del cells["ruler/4096/b/quest"]
+    assert tables.rivals(found(**cells)) == ""
+    assert tables.results_svg({"Model": found(**cells)}) is None  # what sparse reads is unknown
+
+
+def test_sparse_reads_what_fidelity_measured():
+    heads = {"query_heads": 2, "kv_heads": 2, "granularity": "group", "retrieval": [[0]]}
+    made = {"heads": heads, "sparse": {"window_tokens": 1024, "sink_tokens": 4}, "base_model": {"head_dim": 64}}
+    some = found(convert=made, fidelity={"novels 4096": loss(4096)}, **RULER)
+    del some["cells"]["ruler/4096/niah_multikey_2/dense"]
+    ratio = tables.points(some)["sparse"][0]
+    assert 0.25 < ratio < 0.5
+    assert tables.points(some) == {"dense": (1.0, 1.0), "sparse": (ratio, 0.75)}
+
+
+def test_fidelity_has_exactly_these_rows():
+    assert tables.fidelity(found(fidelity={"novels 4096": loss(4096)})).splitlines() == [
+        "| source, tokens | documents | loss, dense | sparse | change | worst eighth | KL, nats | top-1 agreement "
+        "| mass kept | far tokens | documents for these |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| novels 4096 | 8 | 2.000 | 2.010 | +0.50% | +3.50% | 0.0100 | 95.0% | 97.5% | 5.0% | 4 |",
+    ]
+
+
+def test_small_tables():
+    convert = {
+        "stages": {"calibrate": {}, "distill": {}}, "seconds": {"calibrate": 10.4}, "peak_gigabytes": {}, "megabytes": 3.21,
+        "full_kv_ratio": 0.15, "sparse": {"window_tokens": 1024},
+    }  # fmt: skip
+    squad = {"samples": 4, "f1": {"sparse": PAIR}}
+    drift = [{"kl": 0.1, "top1_agreement": 0.9}, {"kl": 0.2, "top1_agreement": 0.8}]
+    one = {"repetition": 0.1, "loss": 2.0}
+    long = {"prompts": 4, "prompt_tokens": 6144, "tokens": 2048, "dense": one, "sparse": one, "drift": drift}
+    needle = [{"kind": "single", "length_tokens": 2048, **PAIR}]
+    ablation = {"needle": needle, "loss": {"novels": loss(2048)}, "index": {"novels": loss(2048)["index"]}}
+    some = found(convert=convert, short_context={"squad": squad}, long_generation=long, needles={"needle": needle})
+    some["cells"]["ablation/p_0.90"] = {"run": 0, "result": ablation}
+    page = tables.everything(some)
+    for line in (
+        "| calibrate | 10 | – |",
+        "| distill | – | – |",
+        "Artefact 3.2 MB; 15.0% of the KV groups or heads keep all tokens; window 1024.",
+        "| SQuAD, f1 | sparse | 4 | 50.0% | 25.0% | -50.0% to +0.0% |",
+        "| sparse | 4 | 10.0% | 2.000 |",
+        "| single, 2048 | 4 | 50.0% | 25.0% | 0.500 | -50.0% to +0.0% |",
+        "| (dense) | 50.0% |  |  |  |  |",
+        "| p_0.90 | 25.0% | +0.50% | – | 97.5% / – | 5.0% / – |",
+        "One GPU, PyTorch 2, Transformers 5, commit abc.",
+    ):
+        assert line in page.splitlines()
+    assert "### RULER" not in page
+
+
+def test_nothing_measured():
+    assert tables.everything(None) == tables.everything(found()) == tables.MISSING
+    assert all(make(found()) == "" for make in tables.PARTS.values())
+    assert tables.results_svg({"Model": None}) is None
+
+
+def test_figure_is_made_from_the_results():
+    svg = tables.results_svg()
+    assert (tables.PLOT.read_text() if tables.PLOT.is_file() else None) == svg
+
+
+def test_collect_gathers_what_the_tables_read(tmp_path):
+    for method in ("dense", "sparse"):
+        name = f"ruler/4096/niah_single_2/{method}"
+        file = tmp_path / "out" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cell = {"cell": name, "environment": ENVIRONMENT, "settings": SETTINGS, "seconds": 1.0, "result": RULER[name]}
+        file.write_text(json.dumps(cell))
+    (tmp_path / "out" / "artefact").mkdir()
+    (tmp_path / "out" / "artefact" / "manifest.json").write_text("{}")
+    study.collect(tmp_path / "out", tmp_path / "study.json")
+    read = json.loads((tmp_path / "study.json").read_text())
+    assert read == found(**{name: RULER[name] for name in RULER if "single" in name})
+    assert "| niah_single_2 | 8 | 4000 | 100.0% | 100.0% | 1.000 | +0.0% to +0.0% |" in tables.everything(read)
