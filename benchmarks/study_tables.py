@@ -22,7 +22,11 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
-MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B-Instruct", "study_smollm2": "SmolLM2-135M"}
+MODELS = {
+    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B-Instruct",
+    "study_qwen25_coder_05b_stage1": "Qwen2.5-Coder-0.5B-Instruct, index only (no stage 2)",
+    "study_smollm2": "SmolLM2-135M",
+}
 """File in benchmarks/results -> name of the model."""
 METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
 NEEDED = 0.95
