@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from environment import environment
+from rivals import METHODS as RIVALS
+from rivals import budget_for, rival
 from transformers import AutoTokenizer
 
 import rtpurbo
@@ -45,7 +47,6 @@ TASKS = (
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
 OURS = ("dense", "sparse", "stage1")
-RIVALS = ("razor", "top_k", "quest", "snapkv", "window")
 
 
 @dataclass
@@ -85,9 +86,17 @@ class Study:
         """Where RULER's documents of a task and length lie."""
         return self.folder / "samples" / str(length) / f"{task}.json.gz"
 
+    def result(self, cell: str) -> Path:
+        """Where the result of a cell lies."""
+        return self.folder / f"{cell}.json"
+
+    def claim(self, cell: str) -> Path:
+        """What says that a worker has begun a cell; with the suffix .failed: that it has not finished it."""
+        return self.folder / "claims" / cell.replace("/", "+")
+
     def far_ratio(self, length: int) -> float:
         """Share of the far tokens that a unit selects in prose of this length, as the cell `fidelity` measured."""
-        found = json.loads((self.folder / "fidelity.json").read_text())["result"]
+        found = json.loads(self.result("fidelity").read_text())["result"]
         return found[f"{Path(self.args.dev[0]).name} {length}"]["index"]["far_selected_ratio"]
 
 
@@ -115,20 +124,20 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         for task in TASKS
     ]
 
-    def ruler(length: int, methods: tuple[str, ...], samples: int, tasks: tuple[str, ...] = TASKS) -> Iterator[Cell]:
-        for task in tasks:
+    def ruler(length: int, methods: tuple[str, ...]) -> Iterator[Cell]:
+        for task in TASKS:
             for method in methods:
                 first = ("convert", "fidelity") if method in RIVALS else () if method == "dense" else ("convert",)
                 needs = (f"samples/{length}/{task}", *first)
-                run = partial(run_ruler, task=task, length=length, method=method, samples=samples)
+                run = partial(run_ruler, task=task, length=length, method=method)
                 yield Cell(f"ruler/{length}/{task}/{method}", run, needs)
 
     found += [Cell("fidelity", fidelity, ("convert",))]
     for length in order:
-        found += ruler(length, ("dense", "sparse"), args.samples)
+        found += ruler(length, ("dense", "sparse"))
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
-    found += ruler(middle, ("stage1", *RIVALS), args.samples)
+    found += ruler(middle, ("stage1", *RIVALS))
     for name, changes in ABLATIONS.items():
         found.append(Cell(f"ablation/{name}", partial(ablation, **changes)))
     return found
@@ -220,8 +229,6 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:
-        from rivals import budget_for, rival
-
         artifact, far = study.artifact, study.far_ratio(length)
         head_dim = artifact.base_model["head_dim"]
         budget = budget_for(method, artifact.heads, artifact.config, length, far, head_dim)
@@ -230,14 +237,14 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
             yield model, reads
 
 
-def run_ruler(study: Study, *, task: str, length: int, method: str, samples: int) -> dict[str, Any]:
+def run_ruler(study: Study, *, task: str, length: int, method: str) -> dict[str, Any]:
     """One task of RULER at one length by one method: a score for every sample."""
     from rtpurbo.evals.harness import load_tasks, score_tasks
 
     model, tokenizer = study.model
     batch = max(1, study.args.batch_tokens // length)
     settings = EvalConfig(
-        lengths_tokens=(length,), tasks=(task,), task_limit=samples, task_batch=batch, seed=study.args.seed
+        lengths_tokens=(length,), tasks=(task,), task_limit=study.args.samples, task_batch=batch, seed=study.args.seed
     )
     made = json.loads(gzip.decompress(study.samples(length, task).read_bytes()))
     tasks = load_tasks(tokenizer, settings, {task: made})
@@ -369,7 +376,7 @@ def ablation(
     settings: list[Any] = [config.to_dict(), patch]
     artifact: rtpurbo.Artifact | None = None
     seconds = {}
-    with post_rope() if patch else nothing():
+    with post_rope() if patch else nullcontext():
         for name, stage in stages.items():
             if name == "distill" and not stage.steps:
                 continue
@@ -430,32 +437,23 @@ def post_rope() -> Iterator[None]:
             module.apply_rotary_pos_emb = original
 
 
-@contextmanager
-def nothing() -> Iterator[None]:
-    """Changes nothing."""
-    yield
-
-
 def work(study: Study, plan: list[Cell]) -> None:
     """Run cells that nobody has begun, in order, as soon as what they need is there; ends when nothing is left to begin."""
-    claims = study.folder / "claims"
     while True:
         waiting = False
         for cell in plan:
-            file = study.folder / f"{cell.name}.json"
-            if file.is_file() or (claims / cell.name.replace("/", "+")).exists():
+            if study.result(cell.name).is_file() or study.claim(cell.name).exists():
                 continue
-            if not all((study.folder / f"{need}.json").is_file() for need in cell.needs):
-                failed = (claims / f"{need.replace('/', '+')}.failed" for need in cell.needs)
-                waiting |= not any(path.exists() for path in failed)
+            if not all(study.result(need).is_file() for need in cell.needs):
+                waiting |= not any(study.claim(f"{need}.failed").exists() for need in cell.needs)
                 continue
             if study.args.deadline and time.time() > study.args.deadline:
                 return
             try:
-                (claims / cell.name.replace("/", "+")).touch(exist_ok=False)
+                study.claim(cell.name).touch(exist_ok=False)
             except FileExistsError:
                 continue
-            run_cell(study, cell, file)
+            run_cell(study, cell)
             break  # from the top: something more telling may be ready now
         else:
             if not waiting:
@@ -463,10 +461,10 @@ def work(study: Study, plan: list[Cell]) -> None:
             time.sleep(1.0)
 
 
-def run_cell(study: Study, cell: Cell, file: Path) -> None:
+def run_cell(study: Study, cell: Cell) -> None:
     """Run one cell and write its file; a failure ends this process, says why, and leaves the cell undone."""
-    claim = study.folder / "claims" / f"{cell.name.replace('/', '+')}.failed"
-    claim.touch()
+    failed, file = study.claim(f"{cell.name}.failed"), study.result(cell.name)
+    failed.touch()
     begin = time.perf_counter()
     result = cell.run(study)
     seconds = time.perf_counter() - begin
@@ -479,7 +477,7 @@ def run_cell(study: Study, cell: Cell, file: Path) -> None:
             "result": result,
         },
     )  # fmt: skip
-    claim.unlink()
+    failed.unlink()
     line = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
     if "scores" in result:
         line = {"score": round(sum(result["scores"]) / len(result["scores"]), 3)}
@@ -568,7 +566,7 @@ def main() -> None:
         return
     if args.list:
         for cell in plan:
-            print("done" if (study.folder / f"{cell.name}.json").is_file() else "    ", cell.name)
+            print("done" if study.result(cell.name).is_file() else "    ", cell.name)
         return
     if args.worker:
         work(study, plan)

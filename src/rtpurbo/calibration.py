@@ -291,9 +291,7 @@ def _effects(
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
     """Full attention of all query heads at some query positions: [Hq, rows, N] float32 (batch of one)."""
     k = seen.k[0].float()
-    q = (
-        seen.q[0, :, rows].float().unflatten(0, (k.shape[0], -1)).flatten(1, 2)
-    )  # [Hkv, group * rows, D]: keys are not repeated
+    q = seen.q[0, :, rows].float().unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # [Hkv, group * rows, D]
     logits = (q @ k.transpose(-1, -2)).unflatten(1, (-1, len(rows))).flatten(0, 1) * seen.scaling
     slots = torch.arange(k.shape[1], device=k.device)
     return logits.masked_fill_(slots > rows[:, None], -torch.inf).softmax(-1)
