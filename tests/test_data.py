@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from rtpurbo import progress
 from rtpurbo.data import (
+    EVALUATION_CHAIN,
     EVALUATION_TEMPLATE,
     KNOWN_TOKENS,
     SPAN_TOKENS,
+    TRAINING_CHAINS,
     TRAINING_TEMPLATES,
     check_room,
     documents,
@@ -31,6 +33,7 @@ from rtpurbo.data import (
 from tiny_text import FILLERS, prose, text_source, word_tokenizer
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
+MANY = ("many_keys", "many_values", "many_queries")
 
 
 @pytest.fixture(autouse=True)
@@ -332,6 +335,72 @@ def test_questions_can_be_answered_from_the_text(tokenizer, kind, depth):
         rest = re.sub(r"The access code of the \w+ \w+ is (?:\d+ ?)+ \.", "", body).split()
         assert rest == tokenizer.decode(haystack).split()[: len(rest)]
         assert len(rest) > 150
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_questions_among_and_for_many_facts(tokenizer, kind):
+    haystack = torch.tensor(tokenizer(prose(900)).input_ids)[:900]
+    asked_for = set()
+    for seed in range(24):
+        sample = retrieval_sample(haystack, tokenizer, kind=kind, depth=0.4, seed=str(seed), template=TRAINING_TEMPLATES[0])
+        text = tokenizer.decode(sample.tokens)
+        body, _, ending = text.partition("Question :")
+        facts = facts_of(body)
+        (asked,) = re.findall(r"What (?:is|are) the access codes? of the ([\w ,]+) \?", ending)
+        wanted = re.split(" , | and ", asked)
+        assert [tokenizer.decode(sample.tokens[a:b]) for a, b in sample.answers] == [
+            value for key in wanted for k, value in facts if k == key
+        ]
+        asked_for.add(len(sample.answers))
+        if kind == "many_keys":
+            assert len(facts) > 15
+            assert len({key for key, _ in facts}) == len(facts)
+        elif kind == "many_values":
+            assert {key for key, _ in facts} == {asked}
+        else:
+            assert len(facts) == len(wanted) + 2
+    assert asked_for == ({1} if kind == "many_keys" else {2, 3, 4, 5})
+
+
+@pytest.mark.parametrize("chain", [EVALUATION_CHAIN, *TRAINING_CHAINS])
+def test_chains_can_be_followed(byte_tokenizer, chain):
+    """Follow the sentences of the text from the value that is asked for, and find the names in order."""
+    haystack = torch.tensor(byte_tokenizer(prose(900)).input_ids)[:4000]
+    patterns = [
+        re.escape(sentence).replace(r"\{name\}", "(?P<name>[A-Za-z0-9 ]+)").replace(r"\{value\}", r"(?P<of>\d+)")
+        .replace(r"\{other\}", "(?P<of>[A-Za-z0-9 ]+?)") + "$"
+        for sentence in (chain.needle, chain.link)
+    ]  # fmt: skip
+    lengths = set()
+    for seed in range(8):
+        sample = retrieval_sample(haystack, byte_tokenizer, kind="chain", depth=0.3, seed=str(seed), chain=chain)
+        lines = byte_tokenizer.decode(sample.tokens).split("\n")
+        matches = ([m for pattern in reversed(patterns) if (m := re.match(pattern, line))] for line in lines)
+        found = [some[0] for some in matches if some]
+        value = re.search(r"\d{4,7}", byte_tokenizer.decode(sample.prompt).split("\n\n")[-1]).group()
+        names, steps = [], [(m["name"], m["of"]) for m in found]
+        for name, of in steps:
+            if of == value or of in names:
+                names.append(name)
+        answers = [byte_tokenizer.decode(sample.tokens[a:b]).strip() for a, b in sample.answers]
+        assert answers == names
+        assert len(steps) == 2 * len(answers)
+        lengths.add(len(answers))
+    assert len(lengths) > 1
+
+
+def test_where_little_fits_less_is_asked_for(tokenizer):
+    haystack = torch.tensor(tokenizer(prose(300)).input_ids)
+    for kind in ("many_values", "many_queries", "chain"):
+        counts = [
+            [
+                len(retrieval_sample(haystack[:length], tokenizer, kind=kind, depth=0.5, seed=str(seed)).answers)
+                for seed in range(12)
+            ]
+            for length in (110, 300)
+        ]
+        assert all(few <= many for few, many in zip(*counts, strict=True))
+        assert sum(counts[0]) < sum(counts[1])
 
 
 @pytest.mark.parametrize("kind", ["single", "multi_key", "multi_query"])

@@ -173,6 +173,7 @@ def test_labels_are_every_answer_and_random_places(tokenizer, source):
     document = documents([source], tokenizer, length_tokens=256, count=1, seed=1)[0]
     config = dataclasses.replace(CONFIG, retrieval_ratio=1.0)
     spread: set[int] = set()
+    lists = 0
     for turn in range(20):
         tokens, labels, _ = training_example(document, tokenizer, config, turn, 512)
         _, answers = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}:0")
@@ -180,11 +181,15 @@ def test_labels_are_every_answer_and_random_places(tokenizer, source):
         assert len(tokens) == 256
         assert places == sorted(set(places))
         assert set(answers) <= set(places)
-        others = set(places) - set(answers)
+        between = set(range(answers[0], 256)) - set(answers)
+        assert between <= set(places)
+        lists += len(between) > 1
+        others = set(places) - set(answers) - between
         assert 10 <= len(others) <= 32
         assert min(places) < 64  # training must not spoil what is not sparse
-        assert max(places) == 254  # the last token is the answer's
+        assert max(places) == 255  # what follows the last token of the answer
         spread |= others
+    assert 2 <= lists < 20
     assert len([p for p in spread if p < 160]) > 60  # all over the document, not at its end only
 
 
@@ -195,7 +200,7 @@ def test_half_of_the_documents_are_cut(tokenizer, source):
         lengths = []
         for turn in range(60):
             tokens, labels, _ = training_example(document, tokenizer, config, turn, shortest)
-            assert labels.tolist() == list(range(len(tokens) - 1))
+            assert labels.tolist() == list(range(len(tokens)))  # the last one: what follows the answer
             lengths.append(len(tokens))
         assert set(lengths) == expected
         assert shortest == 1000 or 18 <= lengths.count(640) <= 42
@@ -354,7 +359,8 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
             assert torch.equal(labels[mine], alone[1])
             torch.testing.assert_close(weights[i][mine], alone[2][0])
             is_answer = torch.isin(labels, torch.tensor(answers, dtype=torch.long))
-            assert torch.equal(expected[i], row[labels + 1].where(is_answer, -1))
+            following = torch.cat([row, row.new_zeros(1)])[labels + 1]
+            assert torch.equal(expected[i], following.where(is_answer, -1))
             mine = weights[i][is_answer]
             assert mine.sum().item() == pytest.approx(0.25 if answers else 0.0)
     assert cut == {256, 128}

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,12 +242,30 @@ class Template:
     """What is hidden: a "number" (7 digits), a "short" one (4 digits), a "code" (letters and digits) or "words" (two)."""
 
 
+@dataclass(frozen=True)
+class ChainTemplate:
+    """Wording of a chain: one name is given a value, each further one the value of the name before."""
+
+    needle: str
+    link: str
+    question: str
+    joiner: str = ", "
+    name: str = "words"
+    value: str = "short"
+    """What names and values are, as in `Template`."""
+
+
 EVALUATION_TEMPLATE = Template(
     needle="One of the special magic numbers for {key} is: {value}.",
     one="What is the special magic number for {key} mentioned in the text above?\n"
     "The special magic number for {key} mentioned in the text above is:",
     several="What are all the special magic numbers for {key} mentioned in the text above?\n"
     "The special magic numbers for {key} mentioned in the text above are, in this order:",
+)
+EVALUATION_CHAIN = ChainTemplate(
+    needle="Team {name} wears shirt number {value}.",
+    link="Team {name} wears the same shirt number as team {other}.",
+    question="Which teams wear shirt number {value}? The teams that wear shirt number {value} are, in this order:",
 )
 TRAINING_TEMPLATES = (
     Template(
@@ -301,6 +319,32 @@ TRAINING_TEMPLATES = (
         value="words",
     ),
 )
+TRAINING_CHAINS = (
+    ChainTemplate(
+        needle="{name} = {value}",
+        link="{name} = {other}",
+        question="Which names were set to {value} above, at once or through another name?\nAnswer:",
+        name="code",
+    ),
+    ChainTemplate(
+        needle="The {name} holds exactly {value} coins.",
+        link="The {name} holds exactly as many coins as the {other}.",
+        question="List all that hold exactly {value} coins, in order of appearance. They are the",
+        value="number",
+    ),
+    ChainTemplate(
+        needle="Let {name} be {value}.",
+        link="Let {name} be what {other} is.",
+        question="All names above that come to be {value}, each once:",
+        name="code",
+        value="number",
+    ),
+    ChainTemplate(
+        needle="{name} was sent to room {value}.",
+        link="{name} was sent to where {other} is.",
+        question="Who was sent to room {value}? All who are in room {value}:",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -326,59 +370,134 @@ class RetrievalSample:
         return [t - 1 for start, stop in self.answers for t in range(start, stop)]
 
 
+QUESTION_KINDS = (
+    "single", "multi_key", "multi_value", "multi_query", "many_keys", "many_values", "many_queries", "chain",
+)  # fmt: skip
+"""See `retrieval_sample`."""
+_MOST_ASKED = 5
+_MOST_FACTS = 400
+
+
 def retrieval_sample(
-    haystack: Tensor, tokenizer: Any, *, kind: str, depth: float, seed: str, template: Template = EVALUATION_TEMPLATE
+    haystack: Tensor,
+    tokenizer: Any,
+    *,
+    kind: str,
+    depth: float,
+    seed: str,
+    template: Template = EVALUATION_TEMPLATE,
+    chain: ChainTemplate = EVALUATION_CHAIN,
 ) -> RetrievalSample:
     """Hide facts in a document; the result has exactly the haystack's length.
 
     Args:
         haystack: [length] int64, ordinary text; its end makes room for facts, question and answer.
         kind: "single" (one fact), "multi_key" (four keys, one asked for), "multi_value" (one key, two values, both
-            asked for) or "multi_query" (four keys, two asked for).
+            asked for), "multi_query" (four keys, two asked for), "many_keys" (facts in up to half of the text, one asked
+            for), "many_values" and "many_queries" (two to five asked for, as many as fit), "chain" (a value, passed on
+            through two to five names, which are asked for, beside a second chain).
         depth: where the first fact asked for goes, in [0, 1].
+        template, chain: wording of facts and questions; of chains.
     """
-    rng = random.Random(seed)
-    keys = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], 4)
-    values = [_value(template.value, rng) for _ in range(4)]
-    facts = {
-        "single": [(keys[0], values[0])],
-        "multi_key": list(zip(keys, values, strict=True)),
-        "multi_value": [(keys[0], values[0]), (keys[0], values[1])],
-        "multi_query": list(zip(keys, values, strict=True)),
-    }[kind]
-    asked = facts[:2] if kind in ("multi_value", "multi_query") else facts[:1]
-    if kind == "multi_query":
-        question = template.several.format(key=f"{asked[0][0]} and {asked[1][0]}")
+    asked = {"single": 1, "multi_key": 1, "many_keys": 1, "multi_value": 2, "multi_query": 2}
+    most = asked.get(kind) or random.Random(f"{seed}:asked").randint(2, _MOST_ASKED)
+    for count in range(most, asked.get(kind, 2) - 1, -1):
+        rng = random.Random(seed)
+        facts = _chains(chain, count, rng) if kind == "chain" else _facts(template, kind, count, rng)
+        sample = _hidden(haystack, tokenizer, facts, kind=kind, depth=depth, rng=rng)
+        if sample is not None:
+            return sample
+    raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Sentences to hide, the first of which the question asks for, and what it asks."""
+
+    sentences: list[str]
+    answers: list[str]
+    question: str
+    joiner: str
+    ordered: bool = False
+    """The sentences come in this order."""
+    filler: tuple[str, ...] = ()
+    """More sentences, as many as fit into half of the text."""
+
+
+def _facts(template: Template, kind: str, count: int, rng: random.Random) -> _Facts:
+    one_key = kind in ("multi_value", "many_values")
+    number = {"many_keys": _MOST_FACTS, "many_queries": count + 2}.get(kind, max(4, count))
+    keys = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], number)
+    values = [_value(template.value, rng) for _ in keys]
+    if one_key:
+        keys = [keys[0]] * count
+    facts = [template.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=False)]
+    shown = {"single": 1, "multi_key": 4, "many_keys": 2}.get(kind, count if one_key else count + 2)
+    if count == 1 or one_key:
+        question = (template.several if one_key else template.one).format(key=keys[0])
     else:
-        question = (template.several if kind == "multi_value" else template.one).format(key=asked[0][0])
+        question = template.several.format(key=f"{', '.join(keys[: count - 1])} and {keys[count - 1]}")
+    filler = tuple(facts[2:]) if kind == "many_keys" else ()
+    return _Facts(facts[:shown], values[:count], question, template.joiner, ordered=one_key, filler=filler)
+
+
+def _chains(chain: ChainTemplate, count: int, rng: random.Random) -> _Facts:
+    names: list[str] = []
+    while len(names) < 2 * count:
+        name = _value(chain.name, rng)
+        names += [] if name in names else [name]
+    sentences: list[str] = []
+    values = [_value(chain.value, rng) for _ in range(2)]
+    for value, line in zip(values, (names[:count], names[count:]), strict=True):
+        sentences.append(chain.needle.format(name=line[0], value=value))
+        sentences += [chain.link.format(name=name, other=other) for other, name in pairwise(line)]
+    question = chain.question.format(value=values[0])
+    sentences = [s for pair in zip(sentences[:count], sentences[count:], strict=True) for s in pair]
+    return _Facts(sentences, names[:count], question, chain.joiner, ordered=True)
+
+
+def _hidden(
+    haystack: Tensor, tokenizer: Any, facts: _Facts, *, kind: str, depth: float, rng: random.Random
+) -> RetrievalSample | None:
+    """The document with the facts, None where they do not fit."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     answer: list[int] = []
     spans: list[tuple[int, int]] = []
-    for i, (_, value) in enumerate(asked):
+    for i, value in enumerate(facts.answers):
         if i:
-            answer += encode(template.joiner.rstrip())
+            answer += encode(facts.joiner.rstrip())
         ids = encode(" " + value)
         spans.append((len(answer), len(answer) + len(ids)))
         answer += ids
-    tail = encode("\n\n" + question)
-    needles = [encode("\n" + template.needle.format(key=k, value=v) + "\n") for k, v in facts]
+    tail = encode("\n\n" + facts.question)
+    needles = [encode(f"\n{sentence}\n") for sentence in facts.sentences]
     room = len(haystack) - len(tail) - len(answer) - sum(map(len, needles))
     if room < 16:
-        raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
+        return None
+    if facts.filler:
+        half = room // 2
+        for sentence in facts.filler:
+            ids = encode(f"\n{sentence}\n")
+            if room - len(ids) < half:
+                break
+            needles.append(ids)
+            room -= len(ids)
     depths = [depth] + [rng.random() for _ in needles[1:]]
-    if kind == "multi_value":
+    if facts.ordered:
         depths.sort()
-    text = haystack[:room].tolist()
-    for place, needle in sorted(zip(depths, needles, strict=True), key=lambda item: -item[0]):
-        at = max(1, round(place * room))
-        text[at:at] = needle
-    begin = len(text) + len(tail)
+    text: list[int] = []
+    begin = 0
+    for place, needle in sorted(zip((max(1, round(d * room)) for d in depths), needles, strict=True), key=lambda p: p[0]):
+        text += haystack[begin:place].tolist() + needle
+        begin = place
+    text += haystack[begin:room].tolist()
+    start = len(text) + len(tail)
     return RetrievalSample(
         tokens=torch.tensor(text + tail + answer),
-        answers=tuple((begin + a, begin + b) for a, b in spans),
+        answers=tuple((start + a, start + b) for a, b in spans),
         depth=depths[0],
         kind=kind,
     )
@@ -411,6 +530,10 @@ def repeated_span(
     return tokens, early
 
 
+TRAINING_KINDS = (
+    "span", "span", "single", "single", "multi_key", "many_keys", "many_values", "many_values", "many_queries", "chain",
+)  # fmt: skip
+"""What asks for something from far away in training, as often as it is named."""
 SPAN_TOKENS = 48
 KNOWN_TOKENS = 4
 """First tokens of a repeated span, which do not yet say what follows."""
@@ -418,9 +541,11 @@ KNOWN_TOKENS = 4
 
 def check_room(length: int, tokenizer: Any) -> None:
     """ValueError when documents of `length` tokens are too short for `mixed_document`."""
+    document = torch.zeros(length, dtype=torch.long)
     for i, template in enumerate(TRAINING_TEMPLATES * 4):
-        document = torch.zeros(length, dtype=torch.long)
-        retrieval_sample(document, tokenizer, kind="multi_query", depth=0.5, seed=str(i), template=template)
+        chain = TRAINING_CHAINS[i % len(TRAINING_CHAINS)]
+        for kind in ("multi_query", "chain"):
+            retrieval_sample(document, tokenizer, kind=kind, depth=0.5, seed=str(i), template=template, chain=chain)
 
 
 SHORTEST_TOKENS = 512
@@ -461,7 +586,7 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     rng = random.Random(f"{seed}:mixed")
     if rng.random() >= retrieval_ratio:
         return document, []
-    kind = rng.choice(("span", "span", "single", "single", "multi_key", "multi_value", "multi_query"))
+    kind = rng.choice(TRAINING_KINDS)
     length = len(document)
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
@@ -473,5 +598,6 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
         depth=rng.random(),
         seed=seed,
         template=rng.choice(TRAINING_TEMPLATES),
+        chain=rng.choice(TRAINING_CHAINS),
     )
     return sample.tokens, sample.label_positions

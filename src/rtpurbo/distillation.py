@@ -106,24 +106,28 @@ def training_batch(
     """
     rows: list[Tensor] = []
     answers: list[set[int]] = []
+    between: list[set[int]] = []
     for number, text in enumerate(texts, start=first):
         text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}")).clone()
         cuts = random.Random(f"{config.seed}:pieces:{number}")
-        begin, places = 0, set[int]()
+        begin, places, its = 0, set[int](), set[int]()
         for i, piece in enumerate(pieces(text, shortest_tokens=shortest_piece(shortest_tokens), rng=cuts)):
             seed = f"{config.seed}:{number}:{i}"
             mixed, asked = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
             text[begin : begin + len(piece)] = mixed
             places.update(begin + t for t in asked)
+            if asked:  # how the answers of a list follow each other, and how it ends, is learned from the teacher
+                its.update(begin + t for t in range(asked[0], asked[-1] + 2))
             begin += len(piece)
         rows.append(text)
         answers.append(places)
+        between.append(its - places)
     length = len(rows[0])
     body = set(random.Random(f"{config.seed}:labels:{step}").sample(range(length - 1), min(config.labels, length - 1)))
-    labels = sorted(body.union(*answers))
+    labels = sorted(body.union(*answers, *between))
     weights, expected = [], []
-    for row, its in zip(rows, answers, strict=True):
-        others = body - its
+    for row, its, more in zip(rows, answers, between, strict=True):
+        others = (body | more) - its
         share = config.answer_weight if its and others else float(bool(its))
         of_answer, of_other = share / max(1, len(its)), (1 - share) / max(1, len(others))
         weights.append([of_answer if t in its else of_other if t in others else 0.0 for t in labels])
