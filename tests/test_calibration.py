@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from rtpurbo import calibration
-from rtpurbo.attach import recording
+from rtpurbo.attach import attached, recording
 from rtpurbo.calibration import (
     DocumentScore,
     attention_rows,
@@ -94,37 +95,41 @@ def test_ratio_counts_heads_of_the_whole_model(model, tokenizer, source):
 # Effects
 
 
-def naive_local(seen) -> torch.Tensor:
-    """Window and sink attention [Hq, N, D] with a full mask."""
+def naive(seen, *, local: bool) -> torch.Tensor:
+    """Window and sink attention, or full attention, with a full mask: [Hq, N, D]."""
     size = seen.q.shape[1] // seen.k.shape[1]
     k, v = (x[0].repeat_interleave(size, 0) for x in (seen.k, seen.v))
     places = torch.arange(k.shape[1])
     age = places[:, None] - places
-    keep = (age >= 0) & ((age < SPARSE.window_tokens) | (places < SPARSE.sink_tokens))
+    keep = (age >= 0) & ((age < SPARSE.window_tokens) | (places < SPARSE.sink_tokens) | (not local))
     return ((seen.q[0] @ k.transpose(-1, -2)) * seen.scaling).masked_fill(~keep, -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("full", [None, ((0, 1, 2, 3), (1, 2), ())])
 @pytest.mark.parametrize("margin", [True, False])
-def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin):
-    """Central differences: every head alone is moved a little towards its local output, the rest of the model runs on."""
+def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin, full):
+    """Central differences: every head alone is moved a little towards what it would be, local or full, and the rest of the
+    model runs on."""
+    heads = full and HeadMap(query_heads=4, kv_heads=2, granularity="head", retrieval=full)
     model = random_model(layers=3, context=256, seed=3).double()
     tokens = documents([source], tokenizer, length_tokens=120, count=1, seed=2)[0]
     targets = torch.tensor([70, 90, 100, 118])
     got = torch.zeros(3, 4, dtype=torch.float64)
-    calibration._effects(model, tokens, targets, SPARSE, got, lambda seen: None, margin=margin)
+    calibration._effects(model, tokens, targets, SPARSE, got, lambda seen: None, margin=margin, heads=heads)
     attentions = [layer.self_attn for layer in model.model.layers]
 
     @torch.no_grad()
     def loss(layer: int, head: int, gate: float) -> float:
-        local = {}
+        other, local = {}, heads is None or head in heads.retrieval_heads(layer)
 
         def move(module, args):
-            heads = args[0].unflatten(-1, (4, 16)).clone()
-            heads[0, :, head] += gate * (local[layer][head] - heads[0, :, head])
-            return (heads.flatten(2),)
+            outputs = args[0].unflatten(-1, (4, 16)).clone()
+            outputs[0, :, head] += gate * (other[layer][head] - outputs[0, :, head])
+            return (outputs.flatten(2),)
 
         hook = attentions[layer].o_proj.register_forward_pre_hook(move)
-        with recording(model, lambda seen: local.__setitem__(seen.layer, naive_local(seen))):
+        watch = recording(model, lambda seen: other.__setitem__(seen.layer, naive(seen, local=local)))
+        with nullcontext() if heads is None else attached(model, heads, SPARSE), watch:
             logits = model(tokens[None]).logits[0, targets]
         hook.remove()
         want = tokens[targets + 1][:, None]
@@ -136,7 +141,8 @@ def test_effects_are_the_slope_of_the_loss(tokenizer, source, margin):
     for layer in range(3):
         for head in range(4):
             slope = (loss(layer, head, step) - loss(layer, head, -step)) / (2 * step)
-            assert got[layer, head].item() == pytest.approx(slope, rel=2e-3, abs=1e-4)
+            cost = slope if heads is None or head in heads.retrieval_heads(layer) else -slope  # local: what full would win
+            assert got[layer, head].item() == pytest.approx(cost, rel=2e-3, abs=1e-4)
     assert got.abs().amin() > 1e-3
 
 
@@ -146,7 +152,8 @@ def test_effects_have_the_sign_of_what_is_lost(model, tokenizer, source):
     before = everything_of(model)
     score = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=1)
     assert everything_of(model) == before
-    assert score.kind == "question"
+    assert score.kind == "single"
+    assert score.right == 1.0
     effect = score.tables["effect"]
     assert effect[RETRIEVAL_HEAD] > 1.0
     assert effect[RETRIEVAL_HEAD] > 10 * effect.flatten().sort().values[-2]
@@ -176,11 +183,11 @@ def test_needle_and_far_scores_by_hand(model, tokenizer, source):
     assert span.tables["needle"][0, 1:3].max() < 1e-3  # one and two tokens back
     assert span.tables["far"][RETRIEVAL_HEAD] > 0.9
     assert (span.tables["needle"] <= span.tables["far"] + 1e-5).all()
-    assert span.copied > 0.8
+    assert span.right > 0.8
     text = score_document(model, tokenizer, *texts, SPARSE, CONFIG, index=2)
     assert text.kind == "text"
     assert (text.tables["needle"] == 0).all()
-    assert text.copied is None
+    assert text.right == 1.0
     assert text.tables["far"][0, 1:3].max() < 1e-3
     assert text.tables["far"].max() < 1.0
 
@@ -196,54 +203,66 @@ def test_scoring_by_attention_needs_no_gradients(model, tokenizer, source, monke
 # From scores to heads
 
 
-def fake(kind: str, length: int, copied: float | None = None, **tables: list[list[float]]) -> DocumentScore:
+def fake(kind: str, length: int, right: float = 1.0, **tables: list[list[float]]) -> DocumentScore:
     full = {name: torch.tensor(tables.get(name, [[0.0] * 4] * 2)) for name in ("needle", "far", "effect")}
-    return DocumentScore(kind, length, full, copied)
+    return DocumentScore(kind, length, full, right)
 
 
 def test_combine_by_hand():
+    span, other = [[0.0, 0.0, 6.0, 2.0], [-4.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.25], [0.5, 0.25, 0.0, 0.0]]
     scores = [
-        fake(
-            "span",
-            100,
-            needle=[[0.2, 0.0, 0.0, 0.0], [0.0, 0.4, 0.0, 0.0]],
-            effect=[[0.0, 0.0, 8.0, 0.0], [-4.0, 2.0, 0.0, 0.0]],
-        ),
-        fake(
-            "span",
-            100,
-            needle=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.4, 0.0, 0.0]],
-            effect=[[0.0, 0.0, 8.0, 0.0], [-4.0, 2.0, 0.0, 0.0]],
-        ),
-        fake(
-            "span",
-            200,
-            needle=[[0.3, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]],
-            effect=[[0.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]],
-        ),
-        fake(
-            "text",
-            100,
-            far=[[0.0, 0.0, 0.0, 0.5], [0.1, 0.0, 0.0, 0.0]],
-            effect=[[0.0, 0.0, 0.0, 0.2], [0.0, 0.1, 0.0, 0.0]],
-        ),
+        fake("span", 100, needle=[[0.2, 0.0, 0.0, 0.0], [0.0, 0.6, 0.0, 0.0]], effect=span),
+        fake("span", 200, needle=[[0.3, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]], effect=other),
+        fake("single", 100, effect=[[0.0, 2.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]),
+        fake("chain", 100, effect=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]]),
+        fake("chain", 200, right=0.2, effect=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]]),  # not answered
+        fake("text", 100, far=[[0.0, 0.0, 0.0, 0.5], [0.1, 0.0, 0.0, 0.0]], effect=[[0.0] * 4, [0.1, 0.0, 0.0, 0.1]]),
     ]
-    # needle, per length scaled to 1: (0.25, 1) and (1, 1/3) -> means (0.625, 2/3), scaled again (0.9375, 1)
-    needle = torch.tensor([[0.9375, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    # every document by its sum: needle (0.25, 0.75) and (0.75, 0.25); span 0.75, 0.25, -0.5 and 0.25, 0.5, 0.25
+    needle = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     torch.testing.assert_close(combine(scores, "needle"), needle)
-    attention = torch.tensor([[0.9375, 0.0, 0.0, 1.0], [0.2, 1.0, 0.0, 0.0]])
+    attention = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.2, 1.0, 0.0, 0.0]])
     torch.testing.assert_close(combine(scores, "attention"), attention)
-    effect = torch.tensor([[0.9375, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    effect = torch.tensor([[0.0, 1.0, 1.0, 2 / 3], [1.0, 0.5, 1.0, 1.0]])
     torch.testing.assert_close(combine(scores, "effect"), effect)
+    # in pairs: span (0, 1), (0, 0) and (0, 0.25), (0.75, 0); needle and far by their largest
+    torch.testing.assert_close(combine(scores, "attention", 2), torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]))
+    pairs = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(combine(scores, "effect", 2), pairs)
+    torch.testing.assert_close(combine(scores[:2], "effect", 2), torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.2, 0.0, 0.0]]))
+
+
+def test_rounds_turn_more_and_more_heads_local(model, tokenizer, source, monkeypatch):
+    """All heads, then the best so far, fewer each time; what an earlier round saw decides who is full in the next."""
+    seen = []
+
+    def score(model, tokenizer, document, other, sparse, config, *, index, heads):
+        seen.append((len(document), index, heads))
+        effect = [[0.0, 1.0, 0.9, 0.8], [0.7, 0.6, 0.5, 0.4]]
+        return fake("span", len(document), effect=effect)
+
+    monkeypatch.setattr(calibration, "score_document", score)
+    config = dataclasses.replace(CONFIG, documents=12, lengths_tokens=(200, 320), retrieval_ratio=1 / 16)
+    made = calibrate(model, tokenizer, [source], config, SPARSE)
+    assert made.heads.retrieval == ((1,), ())
+    rounds = [None, ((1, 2, 3), (0,)), ((1, 2), ()), ((1,), ())]
+    assert [heads and heads.retrieval for _, _, heads in seen] == [full for full in rounds for _ in range(6)]
+    assert [(length, index % 3) for length, index, _ in seen] == [(n, i % 3) for i in range(12) for n in (200, 320)]
+    questions = {length: [i // 3 for n, i, _ in seen if n == length and i % 3 == 1] for length in (200, 320)}
+    assert questions == {200: [0, 1, 2, 3], 320: [1, 2, 3, 4]}  # every length begins with another kind
+    for other in (dataclasses.replace(config, threshold=0.9), dataclasses.replace(config, documents=5)):
+        seen.clear()
+        calibrate(model, tokenizer, [source], other, SPARSE)
+        assert {heads for _, _, heads in seen} == {None}
 
 
 def test_lengths_that_the_model_cannot_copy_are_left_out(model, tokenizer, source, monkeypatch):
     good, bad = [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
-    def score(model, tokenizer, document, other, sparse, config, *, index):
+    def score(model, tokenizer, document, other, sparse, config, *, index, heads):
         kind = calibration.KINDS[index % 3]
         at = len(document)
-        return fake(kind, at, (0.9 if at == 120 else 0.1) if kind == "span" else None, effect=good if at == 120 else bad)
+        return fake(kind, at, (0.9 if at == 120 else 0.1) if kind == "span" else 1.0, effect=good if at == 120 else bad)
 
     monkeypatch.setattr(calibration, "score_document", score)
     config = dataclasses.replace(CONFIG, lengths_tokens=(120, 160))
@@ -257,16 +276,12 @@ def test_lengths_that_the_model_cannot_copy_are_left_out(model, tokenizer, sourc
 
 def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
     model = random_model(context=512)
-    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=6), SPARSE)
+    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=5), SPARSE)
     found = metrics_of(made)
     assert found["usable_lengths_tokens"] == []
     assert "ordinary text alone decided" in found["notes"][0]
-    scores = []
-    for i, at, seed in ((2, 4, 0), (5, 5, calibration.OTHER_SEED)):  # the second one is of the other draw
-        texts = documents([source], tokenizer, length_tokens=320, count=7, seed=seed)
-        config = dataclasses.replace(CONFIG, seed=seed)
-        scores.append(score_document(model, tokenizer, texts[at], texts[at + 1], SPARSE, config, index=i).tables["effect"])
-    mean = torch.stack(scores).mean(0).clamp(min=0)
+    texts = documents([source], tokenizer, length_tokens=320, count=6, seed=0)
+    mean = score_document(model, tokenizer, texts[4], texts[5], SPARSE, CONFIG, index=2).tables["effect"].clamp(min=0)
     best = int((mean / mean.max()).argmax())
     assert made.heads.retrieval == tuple((best % 4,) if i == best // 4 else () for i in range(2))
     with pytest.raises(ValueError, match=r"cannot copy a repeated span at 320 tokens.*scoring='needle'"):
@@ -286,14 +301,14 @@ def test_the_overlap_is_that_of_two_seeds(model, tokenizer, source, monkeypatch,
     """Half of the documents, of every kind and length, come from another seed, which here moves one of the two heads."""
     seen = {}
 
-    def score(model, tokenizer, document, other, sparse, config, *, index):
+    def score(model, tokenizer, document, other, sparse, config, *, index, heads):
         kind, length = calibration.KINDS[index % 3], len(document)
         seen.setdefault(config.seed, []).append((kind, length))
         drawn = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=config.seed)
         assert any(torch.equal(document, text) for text in drawn)
         effect = [[0.0, 1.0, 0.0, 0.0], [0.0] * 4]
         effect[1][2 if config.seed == 7 else 3] = 0.9
-        return fake(kind, length, 0.9 if kind == "span" else None, effect=effect)
+        return fake(kind, length, effect=effect)
 
     monkeypatch.setattr(calibration, "score_document", score)
     config = dataclasses.replace(CONFIG, documents=count, lengths_tokens=(200, 320), retrieval_ratio=0.25, seed=7)
@@ -403,9 +418,7 @@ def test_the_check_compares_dense_and_chosen_heads(model, tokenizer, source, mon
     assert found["notes"] == []
 
     def wrong(model, *args, index, **kwargs):
-        return fake(
-            calibration.KINDS[index % 3], 320, 1.0 if index % 3 == 0 else None, effect=[[0.0, 1.0, 0.0, 0.0], [0.0] * 4]
-        )
+        return fake("span", 320, effect=[[0.0, 1.0, 0.0, 0.0], [0.0] * 4])
 
     monkeypatch.setattr(calibration, "score_document", wrong)
     found = metrics_of(calibrate(model, tokenizer, [source], config, SPARSE))

@@ -66,11 +66,11 @@ def test_kinds_that_the_dense_model_cannot_answer_do_not_count():
 def badly_scored(monkeypatch):
     """Scores that put the head that retrieves third of eight."""
 
-    def score(model, tokenizer, document, other, sparse, config, *, index):
+    def score(model, tokenizer, document, other, sparse, config, *, index, heads):
         kind = calibration.KINDS[index % 3]
         effect = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.8, 0.0]])
         tables = {"needle": torch.zeros(2, 4), "far": torch.zeros(2, 4), "effect": effect}
-        return DocumentScore(kind, len(document), tables, 0.9 if kind == "span" else None)
+        return DocumentScore(kind, len(document), tables, 1.0)
 
     monkeypatch.setattr(calibration, "score_document", score)
 

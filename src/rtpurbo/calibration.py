@@ -1,14 +1,17 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
-1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, a hidden
-   fact with a question, ordinary text.
+1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
+   facts with a question (for one, for several, among many, along a chain), ordinary text.
 2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
-3. Effect scores, one per kind: what the model's answers lose when the head turns local, to first order. Every head's
-   output gets a gate between full (0) and window + sinks (1); the gradient of the objective at 0 is the score. Answers:
-   the repeated span, the hidden fact, the text's own next tokens.
-4. Lengths at which the model cannot copy the span itself are left out. A head's score is the largest of its four, each
-   scaled to 1; the highest are retrieval heads.
-5. With `target_recovery`: more heads than the share, until enough of what the dense model does is left (recovery.py).
+3. Effect of a head, one per kind and kind of question: what the model's answers lose when the head turns local, to first
+   order. Every head's output gets a gate between what it is and what it would be; the gradient of the objective is the
+   effect. Answers: the repeated span and the hidden facts, where the dense model gives them; the text's own next tokens.
+4. Rounds: effects are measured where all heads are full, then where the best so far are and all others local, fewer in
+   every round. What a head is for shows only when those that could stand in for it are local.
+5. Lengths at which the model cannot copy the span itself are left out. The effects of the heads of a KV group that is
+   chosen as a whole are added; a unit's score is its largest one over the kinds, each scaled to 1; the highest are
+   retrieval heads. With `target_recovery`: more of them than the share, until enough of what the dense model does is left
+   (recovery.py).
 6. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
 7. Check: needle questions, dense model against dense retrieval heads + window.
 
@@ -20,17 +23,19 @@ calibration would double the time, and it errs on the safe side, because each dr
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attach import attached, borrowed, checkpoint_activations, gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
-from .data import KNOWN_TOKENS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
+from .data import KNOWN_TOKENS, TRAINING_CHAINS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
@@ -40,8 +45,11 @@ from .progress import track
 from .recovery import choose_share
 
 CAN_COPY = 0.3
-"""A length counts when the model predicts at least this share of the repeated span's tokens."""
+"""A length counts when the model predicts at least this share of the repeated span's tokens, a question likewise."""
+ROUNDS = 4
 KINDS = ("span", "question", "text")
+QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
+"""Kinds of question, in turn."""
 TEXT_POSITIONS = 512
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
@@ -54,11 +62,12 @@ class DocumentScore:
     """What one document says about every head, as [layers, query heads] tables; unconverted layers are zero."""
 
     kind: str
+    """"span", "text", or the kind of question"""
     length_tokens: int
     tables: dict[str, Tensor]
-    """"needle" (span documents), "far" (attention mass beyond the window), "effect" (per kind)"""
-    copied: float | None
-    """Share of the repeated span that the model predicts (span documents)."""
+    """"needle" (span documents), "far" (attention mass beyond the window), "effect" """
+    right: float
+    """Share of the span's or answer's tokens that the dense model predicts; 1 for text."""
     kept: Tensor | None = None
     """[layers, query heads, rungs]: share of the mass in window and sinks that shorter windows keep (text documents)."""
 
@@ -93,38 +102,26 @@ def calibrate(
     config = config or CalibrateConfig()
     context = context_tokens(model)
     sparse = sparse or SparseConfig(window_tokens=default_window_tokens(context))
-    layers, _, kv_heads, head_dim = head_counts(model)
+    layers, query_heads, kv_heads, head_dim = head_counts(model)
+    group_size = query_heads // kv_heads
     check_index_dim(sparse, head_dim)
     lengths = config.lengths_tokens or default_lengths(context, sparse)
     check_lengths(lengths, context, sparse)
     draws = (config, replace(config, seed=config.seed + OTHER_SEED))
-    plan = [(length, i) for length in lengths for i in range(config.documents)]
     texts = [
         {n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=draw.seed) for n in lengths}
         for draw in draws
     ]
-    drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
-    for length, i in track(plan, total=len(plan), what="Calibrating on documents"):
-        draw = i % len(draws)  # kinds alternate in threes, so that both draws see all of them
-        at = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
-        document, other = (texts[draw][length][n % (config.documents + 1)] for n in (at, at + 1))
-        drawn[draw].append(score_document(model, tokenizer, document, other, sparse, draws[draw], index=i))
-    scores = drawn[0] + drawn[1]
-    usable = [n for n in lengths if _mean_copied(scores, n) >= CAN_COPY]
-    notes = []
-    if not usable:
-        notes.append("The model itself cannot copy a repeated span at any of these lengths; ordinary text alone decided.")
-        if config.scoring == "needle":
-            raise ValueError(
-                f"The model cannot copy a repeated span at {', '.join(map(str, lengths))} tokens, which is all that "
-                "scoring='needle' looks at; use scoring='effect' or other lengths."
-            )
+
+    def usable_lengths(some: list[DocumentScore]) -> list[int]:
+        return [n for n in lengths if _mean_copied(some, n) >= CAN_COPY]
 
     def counted(some: list[DocumentScore]) -> list[DocumentScore]:
+        usable = usable_lengths(some)
         return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
 
     def choose(some: list[DocumentScore], ratio: float) -> tuple[HeadMap, Tensor]:
-        total = combine(counted(some), config.scoring)
+        total = combine(counted(some), config.scoring, group_size if config.granularity == "group" else 1)
         rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
         heads = HeadMap.from_scores(
             rows,
@@ -135,15 +132,39 @@ def calibrate(
         )
         return heads, total
 
+    rounds = min(ROUNDS, config.documents // len(KINDS)) if config.scoring == "effect" and config.threshold is None else 1
+    plan = [(i * rounds // config.documents, at, i) for i in range(config.documents) for at in range(len(lengths))]
+    drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
+    now, full = 0, None
+    for turn, at, i in track(plan, total=len(plan), what="Calibrating on documents"):
+        if turn > now:
+            now, full = turn, choose(drawn[0] + drawn[1], config.retrieval_ratio ** (turn / rounds))[0]
+        draw = i % len(draws)  # kinds alternate in threes, so that both draws see all of them
+        number = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
+        document, other = (texts[draw][lengths[at]][n % (config.documents + 1)] for n in (number, number + 1))
+        index = i + len(KINDS) * at  # every length begins with another kind of question
+        found = score_document(model, tokenizer, document, other, sparse, draws[draw], index=index, heads=full)
+        drawn[draw].append(found)
+    scores = drawn[0] + drawn[1]
+    usable = usable_lengths(scores)
+    notes = []
+    if not usable:
+        notes.append("The model itself cannot copy a repeated span at any of these lengths; ordinary text alone decided.")
+        if config.scoring == "needle":
+            raise ValueError(
+                f"The model cannot copy a repeated span at {', '.join(map(str, lengths))} tokens, which is all that "
+                "scoring='needle' looks at; use scoring='effect' or other lengths."
+            )
+
     ratio = config.retrieval_ratio
-    found: dict[str, Any] = {}
+    recovered: dict[str, Any] = {}
     heads, total = choose(scores, ratio)
     if config.target_recovery is not None:
-        heads, found, more = choose_share(
+        heads, recovered, more = choose_share(
             model, tokenizer, texts[0][max(usable or lengths)], lambda share: choose(scores, share)[0], sparse,
             first=ratio, target=config.target_recovery, samples=config.check_samples, seed=config.seed,
         )  # fmt: skip
-        ratio, notes = found["chosen_ratio"], notes + more
+        ratio, notes = recovered["chosen_ratio"], notes + more
     metrics: dict[str, Any] = {
         "scores": [[round(x, 4) for x in row] for row in total.tolist()],
         "lengths_tokens": list(lengths),
@@ -152,8 +173,8 @@ def calibrate(
         "retrieval_head_ratio": heads.ratio,
         "full_kv_ratio": heads.full_kv_ratio,
     }
-    if found:
-        metrics["target_recovery"] = found
+    if recovered:
+        metrics["target_recovery"] = recovered
     if config.documents >= len(KINDS) * len(draws):  # every draw has every kind
         first, second = (choose(some, ratio)[0] for some in drawn)
         metrics["overlap_between_seeds"] = first.overlap(second)
@@ -188,14 +209,17 @@ def score_document(
     config: CalibrateConfig,
     *,
     index: int,
+    heads: HeadMap | None = None,
 ) -> DocumentScore:
     """Scores of every head from document number `index`, whose kind follows from its number.
 
     Args:
         document, other: [length] int64; a repeated span is a shuffled piece of `other`.
+        heads: the heads that are full while effects are measured, the others being local; default: all.
     """
     rng = random.Random(f"{config.seed}:{index}:{len(document)}")
     kind, length, span = KINDS[index % len(KINDS)], len(document), config.needle_tokens
+    turn = index // len(KINDS)
     tokens, early = document.clone(), 0
     if kind == "span":
         newest = length - 2 * span - sparse.window_tokens  # the earlier span lies outside the later one's window
@@ -203,14 +227,24 @@ def score_document(
         tokens, early = repeated_span(document, other, span_tokens=span, latest=latest, rng=rng)
         targets = torch.arange(length - span + KNOWN_TOKENS, length - 1)
     elif kind == "question":
-        template = TRAINING_TEMPLATES[index // len(KINDS) % len(TRAINING_TEMPLATES)]
+        kind = QUESTIONS[turn % len(QUESTIONS)]
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
-        sample = retrieval_sample(document, tokenizer, kind="single", depth=depth, seed=str(rng.random()), template=template)
+        sample = retrieval_sample(
+            document, tokenizer, kind=kind, depth=depth, seed=str(rng.random()),
+            template=TRAINING_TEMPLATES[turn % len(TRAINING_TEMPLATES)], chain=TRAINING_CHAINS[turn % len(TRAINING_CHAINS)],
+        )  # fmt: skip
         tokens, targets = sample.tokens, torch.tensor(sample.label_positions)
     else:
         low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
         count = min(TEXT_POSITIONS, length - 1 - low)
         targets = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
+    right = 1.0
+    if kind != "text":  # what the dense model does not do, no head is needed for
+        with borrowed(model), torch.no_grad():
+            guess = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
+        done = guess.argmax(-1).cpu() == tokens[targets + 1]
+        right = done.float().mean().item()
+        targets = targets[done] if done.any() else targets
     layers, query_heads, _, _ = head_counts(model)
     tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
     ladder = rungs(sparse.window_tokens) if kind == "text" and config.window_mass is not None else ()
@@ -227,25 +261,35 @@ def score_document(
             tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
 
     if config.scoring == "effect":
-        logits = _effects(model, tokens, targets, sparse, tables["effect"], observe, margin=kind != "text")
+        _effects(model, tokens, targets, sparse, tables["effect"], observe, margin=kind != "text", heads=heads)
     else:
         with torch.no_grad(), recording(model, observe):
-            logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device)).logits[0]
-    right = (logits.argmax(-1).cpu() == tokens[targets + 1]).float().mean().item()
-    return DocumentScore(kind, length, tables, right if kind == "span" else None, kept if ladder else None)
+            model(tokens[None].to(model.device), logits_to_keep=1)
+    return DocumentScore(kind, length, tables, right, kept if ladder else None)
 
 
 def _effects(
-    model: Any, tokens: Tensor, targets: Tensor, sparse: SparseConfig, table: Tensor, observe: Any, *, margin: bool
-) -> Tensor:
-    """Fill `table` [layers, query heads] with each head's effect; the logits [targets, vocabulary].
+    model: Any,
+    tokens: Tensor,
+    targets: Tensor,
+    sparse: SparseConfig,
+    table: Tensor,
+    observe: Any,
+    *,
+    margin: bool,
+    heads: HeadMap | None = None,
+) -> None:
+    """Fill `table` [layers, query heads] with each head's effect.
 
     Args:
+        heads: who is full meanwhile. A local head's effect is what the model would win were it full.
         margin: measure the right token's logit against all others (it does not saturate), else its log-probability.
     """
     modules = attention_layers(model)
     gates = {layer: torch.zeros(table.shape[1], device=model.device, requires_grad=True) for layer in modules}
-    local: dict[int, Tensor] = {}
+    every = torch.arange(table.shape[1])
+    full = {i: torch.isin(every, torch.tensor(every if heads is None else heads.retrieval_heads(i))) for i in modules}
+    other: dict[int, Tensor] = {}
     seen_once: set[int] = set()
 
     def watch(seen: Observed) -> None:
@@ -255,23 +299,33 @@ def _effects(
                 seen_once.add(seen.layer)
             size = seen.q.shape[1] // seen.k.shape[1]
             k, v = (x.repeat_interleave(size, 1) for x in (seen.k, seen.v))
+            to_local, to_full = full[seen.layer].nonzero()[:, 0], (~full[seen.layer]).nonzero()[:, 0]
             sinks = torch.arange(sparse.sink_tokens, device=k.device)[None]
-            local[seen.layer] = window_attention(
-                seen.q, k, v, k[:, :, : sparse.sink_tokens], v[:, :, : sparse.sink_tokens],
-                first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
-            )  # fmt: skip
+            out = torch.empty_like(seen.q)
+            if len(to_local):
+                keys, values = k[:, to_local], v[:, to_local]
+                out[:, to_local] = window_attention(
+                    seen.q[:, to_local], keys, values, *(x[:, :, : sparse.sink_tokens] for x in (keys, values)),
+                    first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
+                )  # fmt: skip
+            if len(to_full):
+                out[:, to_full] = F.scaled_dot_product_attention(
+                    seen.q[:, to_full], k[:, to_full], v[:, to_full], is_causal=True, scale=seen.scaling
+                )
+            other[seen.layer] = out
 
     def gate(layer: int):
         def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            full = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
-            away = (local.pop(layer).transpose(1, 2) - full).detach()  # popped: one layer's at a time
-            return ((full + gates[layer][:, None].to(full.dtype) * away).flatten(2),)
+            now = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
+            away = (other.pop(layer).transpose(1, 2) - now).detach()  # popped: one layer's at a time
+            return ((now + gates[layer][:, None].to(now.dtype) * away).flatten(2),)
 
         return hook
 
     hooks = [m.o_proj.register_forward_pre_hook(gate(layer)) for layer, m in modules.items()]  # type: ignore[union-attr]
     try:
-        with borrowed(model), torch.enable_grad(), recording(model, watch):
+        sparsely = nullcontext() if heads is None else attached(model, heads, sparse)
+        with borrowed(model), torch.enable_grad(), sparsely, recording(model, watch):
             model.requires_grad_(False)
             checkpoint_activations(model)
             logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
@@ -284,8 +338,7 @@ def _effects(
         for hook in hooks:
             hook.remove()
     for layer, values in gates.items():
-        table[layer] = values.grad.cpu()  # type: ignore[union-attr]
-    return logits.detach()
+        table[layer] = values.grad.cpu().where(full[layer], -values.grad.cpu())  # type: ignore[union-attr]
 
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:
@@ -349,22 +402,27 @@ def with_ladder(heads: HeadMap, kept: Tensor, window_tokens: int, window_mass: f
     return replace(heads, windows=windows)
 
 
-def combine(scores: list[DocumentScore], scoring: str) -> Tensor:
-    """[layers, query heads] in [0, 1]: the largest of the scores that `scoring` names, each scaled to 1."""
+def combine(scores: list[DocumentScore], scoring: str, unit: int = 1) -> Tensor:
+    """[layers, query heads] in [0, 1]: the largest of the scores that `scoring` names, each scaled to 1.
+
+    Every document counts the same. Questions of which the dense model gets too little right do not count.
+
+    Args:
+        unit: query heads that are chosen together; their effects are added, of the paper's masses the largest counts, and
+            all get the same score.
+    """
     kinds = {
-        "effect": [("needle", "span"), *(("effect", kind) for kind in KINDS)],
+        "effect": [("effect", kind) for kind in ("span", *QUESTIONS, "text")],
         "attention": [("needle", "span"), ("far", "text")],
         "needle": [("needle", "span")],
     }[scoring]
     parts = []
     for table, kind in kinds:
-        lengths = sorted({s.length_tokens for s in scores if s.kind == kind})
-        means = [
-            torch.stack([s.tables[table] for s in scores if s.kind == kind and s.length_tokens == n]).mean(0)
-            for n in lengths
-        ]  # every length counts the same
-        if means:
-            parts.append(_scaled(torch.stack([_scaled(m) for m in means]).mean(0)))
+        some = [s.tables[table] for s in scores if s.kind == kind and s.right >= CAN_COPY]
+        if some:
+            units = torch.stack([t / t.clamp(min=0).sum().clamp(min=1e-12) for t in some]).mean(0).unflatten(1, (-1, unit))
+            whole = units.sum(-1) if table == "effect" else units.amax(-1)
+            parts.append(_scaled(whole).repeat_interleave(unit, 1))
     return torch.stack(parts).amax(0)
 
 
@@ -374,8 +432,8 @@ def _scaled(table: Tensor) -> Tensor:
 
 
 def _mean_copied(scores: list[DocumentScore], length: int) -> float:
-    some = [s.copied for s in scores if s.length_tokens == length and s.copied is not None]
-    return sum(some) / len(some)
+    some = [s.right for s in scores if s.length_tokens == length and s.kind == "span"]
+    return sum(some) / max(1, len(some))
 
 
 def check_choice(
