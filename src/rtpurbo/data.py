@@ -18,7 +18,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from itertools import islice, pairwise
 from pathlib import Path
@@ -534,6 +534,8 @@ TRAINING_KINDS = (
     "span", "span", "single", "single", "multi_key", "many_keys", "many_values", "many_values", "many_queries", "chain",
 )  # fmt: skip
 """What asks for something from far away in training, as often as it is named."""
+EXAMPLES = 0.3
+"""Share of the questions in training before which one of the same wording is answered."""
 SPAN_TOKENS = 48
 KNOWN_TOKENS = 4
 """First tokens of a repeated span, which do not yet say what follows."""
@@ -591,7 +593,7 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
         return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
-    sample = retrieval_sample(
+    return question_document(
         document,
         tokenizer,
         kind=kind,
@@ -599,5 +601,33 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
         seed=seed,
         template=rng.choice(TRAINING_TEMPLATES),
         chain=rng.choice(TRAINING_CHAINS),
+        example=rng.random() < EXAMPLES,
     )
-    return sample.tokens, sample.label_positions
+
+
+def question_document(
+    document: Tensor,
+    tokenizer: Any,
+    *,
+    kind: str,
+    depth: float,
+    seed: str,
+    template: Template,
+    chain: ChainTemplate,
+    example: bool,
+) -> tuple[Tensor, list[int]]:
+    """A document that ends with a question, and, where an `example` is asked for and fits, begins with one of the same
+    wording, answered: whoever only looks for the question's words finds the wrong answer.
+
+    Returns:
+        tokens [length], and the positions whose next token is part of an answer, those of the example first.
+    """
+    ask = partial(retrieval_sample, tokenizer=tokenizer, kind=kind, template=template, chain=chain)
+    if not example or len(document) < 4 * SHORTEST_TOKENS:
+        sample = ask(document, depth=depth, seed=seed)
+        return sample.tokens, sample.label_positions
+    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids)
+    first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
+    sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
+    tokens = torch.cat([first.tokens, gap, sample.tokens])
+    return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]

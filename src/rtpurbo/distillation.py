@@ -19,6 +19,7 @@ import copy
 import random
 import tempfile
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_DOCUMENTS = 2048
 """Different training documents; longer runs see them again, cut and labelled otherwise."""
 HELD_OUT_DOCUMENTS = 2
+LONGEST_JOINER = 16
+"""Tokens between two answers, at most, if they belong to one list."""
 LABELS_PER_PIECE = 256
 """Labels whose logits are in float32 at a time."""
 
@@ -116,8 +119,8 @@ def training_batch(
             mixed, asked = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
             text[begin : begin + len(piece)] = mixed
             places.update(begin + t for t in asked)
-            if asked:  # how the answers of a list follow each other, and how it ends, is learned from the teacher
-                its.update(begin + t for t in range(asked[0], asked[-1] + 2))
+            for t, later in pairwise([*asked, len(text)] if asked else []):  # how a list goes on, and how it ends, is the
+                its.update(begin + k for k in range(t + 1, later if later - t <= LONGEST_JOINER else t + 2))  # teacher's
             begin += len(piece)
         rows.append(text)
         answers.append(places)
