@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
 MODELS = {
-    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B-Instruct",
-    "study_qwen25_coder_05b_stage1": "Qwen2.5-Coder-0.5B-Instruct, index only (no stage 2)",
+    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads",
+    "study_qwen25_coder_05b_examples": "Qwen2.5-Coder-0.5B, single heads, answered examples in stage 2",
+    "study_qwen25_coder_05b_groups": "Qwen2.5-Coder-0.5B, KV groups, first recipe",
+    "study_qwen25_coder_05b_groups_stage1": "Qwen2.5-Coder-0.5B, KV groups, first recipe, index only",
     "study_smollm2": "SmolLM2-135M",
 }
 """File in benchmarks/results -> name of the model."""
@@ -125,6 +128,20 @@ def ruler(found: Found) -> str:
         cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values())
         parts += [f"{cut} prompts did not fit and were cut."] if cut else []
     return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """RULER's averages of the first model, and the tasks that lose or win more than chance would."""
+
+    def beyond_chance(line: str) -> bool:
+        ends = [float(x) for x in re.findall(r"([+-][\d.]+)%", line.split("|")[-2])]
+        return len(ends) == 2 and ends[0] * ends[1] > 0
+
+    name = next(iter(MODELS))
+    found = load(name) or {"cells": {}}
+    always = ("| RULER", "|---", "| average of")
+    lines = [line for line in ruler(found).splitlines() if line.startswith(always) or beyond_chance(line)]
+    return "\n".join(line.replace("| RULER", f"| {MODELS[name]}: RULER") for line in lines) or MISSING
 
 
 def prose(found: Found) -> str | None:
@@ -368,7 +385,9 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
         parts.append(f"<text {place}>{content}</text>")
 
     for left, (name, at) in zip(range(50, 450 * len(panels), 450), panels.items(), strict=True):
-        text(left, 24, f"{name}: RULER average", size=14)
+        model, _, recipe = name.partition(", ")
+        text(left, 16, f"{model}: RULER average", size=14)
+        text(left, 34, recipe)
         for i in range(6):
             text(left - 6, 334 - 56 * i, f"{20 * i} %", "end")
             text(left + 10 + 60 * i, 350, f"{i / 5:g}", "middle")
@@ -404,4 +423,4 @@ def model_tables(name: str) -> str:
     return everything(load(name))
 
 
-TABLES = {name: partial(model_tables, name) for name in MODELS} | {"results_plot": figure}
+TABLES = {name: partial(model_tables, name) for name in MODELS} | {"results_plot": figure, "ruler": summary}

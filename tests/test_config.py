@@ -105,7 +105,7 @@ def test_every_field_is_documented(cls):
         (SparseConfig, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         (SparseConfig, {"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1\.01\."),
         (SparseConfig, {"top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan\."),
-        (CalibrateConfig, {"granularity": "layer"}, r"granularity must be 'head' or 'group', got 'layer'\."),
+        (CalibrateConfig, {"granularity": "layer"}, r"granularity must be 'auto', 'head' or 'group', got 'layer'\."),
         (CalibrateConfig, {"retrieval_ratio": 0}, r"retrieval_ratio must be in \(0, 1\], got 0\."),
         (CalibrateConfig, {"threshold": 2.0}, r"threshold must be in \[0, 1\], got 2\.0\."),
         (CalibrateConfig, {"window_mass": 0.0}, r"window_mass must be in \(0, 1\], got 0\.0\."),
@@ -214,3 +214,9 @@ def test_the_papers_recipe_is_what_the_paper_says():
     assert (sparse.top_p, sparse.min_probability, sparse.tile_probability) == (0.9, 0.0, 0.0)
     assert PAPER.sparse(context=8192).window_tokens == 1024
     assert PAPER.distill.steps * PAPER.distill.labels == pytest.approx(1.2e6, rel=0.05)
+
+
+def test_groups_are_chosen_whole_where_they_are_small():
+    assert [CalibrateConfig().chosen_unit(size) for size in (1, 4, 5, 8)] == ["group", "group", "head", "head"]
+    for asked in ("head", "group"):
+        assert {CalibrateConfig(granularity=asked).chosen_unit(size) for size in (1, 3, 8)} == {asked}

@@ -26,6 +26,7 @@ from rtpurbo.data import (
     documents,
     mixed_document,
     pieces,
+    question_document,
     read_source,
     repeated_span,
     retrieval_sample,
@@ -387,6 +388,47 @@ def test_chains_can_be_followed(byte_tokenizer, chain):
         assert len(steps) == 2 * len(answers)
         lengths.add(len(answers))
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("kind", ["single", "many_values", "chain"])
+def test_an_answered_example_comes_first(byte_tokenizer, kind):
+    """Same wording, other facts: the example's answer is in its own part only, and both parts can be answered."""
+    haystack = torch.tensor(byte_tokenizer(prose(1500)).input_ids)[:6000]
+    wording = {"template": TRAINING_TEMPLATES[0], "chain": TRAINING_CHAINS[1]}
+
+    def ask(length: int, example: bool):
+        return question_document(
+            haystack[:length], byte_tokenizer, kind=kind, depth=0.5, seed="s", example=example, **wording
+        )
+
+    tokens, positions = ask(6000, True)
+    assert len(tokens) == 6000
+    assert positions == sorted(set(positions))
+    alone = retrieval_sample(haystack[512:], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
+    assert torch.equal(tokens[512:], alone.tokens)
+    later = [t for t in positions if t >= 512]
+    assert later == [512 + t for t in alone.label_positions]
+    earlier = [t for t in positions if t < 512]
+    assert max(earlier) == 512 - 2 - 2  # then the line ends twice
+    example = byte_tokenizer.decode(tokens[[t + 1 for t in earlier]])
+    text = byte_tokenizer.decode(tokens)
+    question = text[512 - 200 : 510].split("\n\n")[-1][:20]
+    assert text.count(question) == 2
+    assert byte_tokenizer.decode(tokens[[t + 1 for t in later]]) != example
+    for document, wants in ((ask(6000, False), False), (ask(2047, True), True)):  # not asked for; does not fit
+        plain = retrieval_sample(haystack[: len(document[0])], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
+        assert torch.equal(document[0], plain.tokens), wants
+        assert document[1] == plain.label_positions
+
+
+def test_some_training_questions_have_an_example(byte_tokenizer):
+    haystack = torch.tensor(byte_tokenizer(prose(900)).input_ids)[:3000]
+    found = []
+    for seed in range(80):
+        tokens, answers = mixed_document(haystack, byte_tokenizer, retrieval_ratio=1.0, seed=str(seed))
+        assert len(tokens) == 3000
+        found.append(answers[0] < 512)
+    assert 0.1 < sum(found) / 80 < 0.5
 
 
 def test_where_little_fits_less_is_asked_for(tokenizer):

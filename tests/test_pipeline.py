@@ -300,6 +300,10 @@ def test_settings_follow_from_the_model():
     found = resolved(random_model(context=8192, layers=10), ConvertConfig())
     assert found["window_tokens"] == (1024, "an eighth of the context of 8192, from 256 to 8192")
     assert found["retrieval_units"] == (3, "15% of 20 KV groups, over the whole model")
+    assert found["granularity"] == ("group", "2 query heads share a KV head: single heads above 4")
+    wide = resolved(random_model(context=8192, layers=10, num_attention_heads=8, num_key_value_heads=1), ConvertConfig())
+    assert wide["granularity"] == ("head", "8 query heads share a KV head: single heads above 4")
+    assert wide["retrieval_units"] == (12, "15% of 80 query heads, over the whole model")
     assert found["calibrate.lengths_tokens"][0] == (2056, 4096, 8192)
     assert found["indexer.length_tokens"] == (8192, "all of the context of 8192, at most 32768")
     defaults = {
@@ -321,6 +325,7 @@ def test_settings_that_were_asked_for_say_so():
     found = resolved(random_model(context=8192), PAPER)
     assert found["distill.weights"] == ("full", "asked for; the default is lora")
     assert found["retrieval_units"] == (1, "15% of 8 query heads, over the whole model")
+    assert found["granularity"] == ("head", "asked for")
     assert found["top_p"] == (0.9, "asked for; the default is 1.0")
     found = resolved(random_model(), SMALL)
     assert found["window_tokens"] == (32, "asked for")

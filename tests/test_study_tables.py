@@ -171,3 +171,15 @@ def test_collect_gathers_what_the_tables_read(tmp_path):
     read = json.loads((tmp_path / "study.json").read_text())
     assert read == found(**{name: RULER[name] for name in RULER if "single" in name})
     assert "| niah_single_2 | 8 | 4000 | 100.0% | 100.0% | 1.000 | +0.0% to +0.0% |" in tables.everything(read)
+
+
+def test_the_summary_has_averages_and_what_is_beyond_chance(monkeypatch):
+    cells = {
+        f"ruler/100/{task}/{method}": score(*values)
+        for task, after in (("same", (1.0, 0.0)), ("worse", (0.0, 0.0)), ("better", (1.0, 1.0)))
+        for method, values in (("dense", (1.0, 0.0) * 10), ("sparse", after * 10))
+    }
+    monkeypatch.setattr(tables, "load", lambda name: found(**cells))
+    lines = tables.summary().splitlines()
+    assert lines[0].startswith(f"| {next(iter(tables.MODELS.values()))}: RULER, 100 tokens |")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["better", "**worse**", "average of 3"]

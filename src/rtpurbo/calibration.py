@@ -104,6 +104,7 @@ def calibrate(
     sparse = sparse or SparseConfig(window_tokens=default_window_tokens(context))
     layers, query_heads, kv_heads, head_dim = head_counts(model)
     group_size = query_heads // kv_heads
+    granularity = config.chosen_unit(group_size)
     check_index_dim(sparse, head_dim)
     lengths = config.lengths_tokens or default_lengths(context, sparse)
     check_lengths(lengths, context, sparse)
@@ -121,12 +122,12 @@ def calibrate(
         return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
 
     def choose(some: list[DocumentScore], ratio: float) -> tuple[HeadMap, Tensor]:
-        total = combine(counted(some), config.scoring, group_size if config.granularity == "group" else 1)
+        total = combine(counted(some), config.scoring, group_size if granularity == "group" else 1)
         rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
         heads = HeadMap.from_scores(
             rows,
             kv_heads=kv_heads,
-            granularity=config.granularity,
+            granularity=granularity,
             ratio=ratio,
             threshold=config.threshold,
         )

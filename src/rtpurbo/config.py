@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 Granularity = Literal["head", "group"]
+LARGEST_WHOLE_GROUP = 4
+"""Query heads of a KV group that is chosen as a whole by default, at most."""
 IndexDtype = Literal["auto", "float8"]
 
 
@@ -122,8 +124,9 @@ class SparseConfig:
 class CalibrateConfig:
     """How retrieval heads are found (paper, section 3.1, and what makes it work on small models)."""
 
-    granularity: Granularity = "group"
-    """Choose whole KV groups (least cache: nothing full is kept for the rest), or single query heads (the paper)."""
+    granularity: Literal["auto", "head", "group"] = "auto"
+    """Choose whole KV groups (least cache: nothing full is kept for the rest), or single query heads (the paper); by default
+    groups where at most 4 query heads share a KV head, else heads."""
     retrieval_ratio: float = 0.15
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
@@ -149,7 +152,8 @@ class CalibrateConfig:
     """Seed of documents, needles and sampled positions."""
 
     def __post_init__(self) -> None:
-        _require(self.granularity in ("head", "group"), "granularity", "'head' or 'group'", self.granularity)
+        known = ("auto", "head", "group")
+        _require(self.granularity in known, "granularity", "'auto', 'head' or 'group'", self.granularity)
         _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
         _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
         known = ("effect", "attention", "needle")
@@ -166,6 +170,12 @@ class CalibrateConfig:
                 "leave one of them out."
             )
         _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
+
+    def chosen_unit(self, group_size: int) -> Granularity:
+        """What is chosen in a model with `group_size` query heads for each KV head."""
+        if self.granularity == "auto":
+            return "group" if group_size <= LARGEST_WHOLE_GROUP else "head"
+        return self.granularity
 
 
 @dataclass(frozen=True, kw_only=True)

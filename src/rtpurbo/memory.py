@@ -143,7 +143,7 @@ def _train_indexer(shape: Shape, config: IndexerConfig, chosen: CalibrateConfig)
     n = config.length_tokens or min(shape.context_tokens, LONGEST_TOKENS)
     e, d = shape.element_bytes, shape.head_dim
     group = shape.query_heads // shape.kv_heads
-    per_layer, size = (shape.query_heads, 1) if chosen.granularity == "head" else (shape.kv_heads, group)
+    per_layer, size = (shape.query_heads, 1) if chosen.chosen_unit(group) == "head" else (shape.kv_heads, group)
     units = math.ceil(chosen.retrieval_ratio * shape.layers * per_layer)
     crowded = min(per_layer, math.ceil(CROWDED * units / shape.layers))
     answers = QUESTION_TOKENS + 16

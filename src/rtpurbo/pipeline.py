@@ -366,7 +366,8 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
     sparse, default = config.sparse(context=context), ConvertConfig()
     c, i, d = config.calibrate, config.indexer, config.distill
     _, query_heads, kv_heads, _ = head_counts(model)
-    what, each = ("KV groups", kv_heads) if c.granularity == "group" else ("query heads", query_heads)
+    unit, size = c.chosen_unit(query_heads // kv_heads), query_heads // kv_heads
+    what, each = ("KV groups", kv_heads) if unit == "group" else ("query heads", query_heads)
     units = len(attention_layers(model)) * each
     kept = f"{c.retrieval_ratio:.0%} of {units} {what}, over the whole model"
     if c.threshold is not None:
@@ -389,6 +390,10 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
     one_size = "measured on SmolLM2-135M alone"
     return {
         "window_tokens": (sparse.window_tokens, window if config.window_tokens is None else "asked for"),
+        "granularity": (
+            unit,
+            f"{size} query heads share a KV head: single heads above 4" if c.granularity == "auto" else "asked for",
+        ),
         "retrieval_ratio": plain(c, default.calibrate, "retrieval_ratio", "the paper's share of heads"),
         "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
         "top_p": plain(config, default, "top_p", "the least probability decides alone"),
@@ -467,8 +472,9 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     of_gpu = torch.cuda.get_device_properties(model.device).total_memory if gpu else 0
     needed = {name: sum(terms.values()) for name, terms in memory(shape, config, gpu_bytes=of_gpu).items()}
     trained = parameters if d.weights == "full" else shape.lora_parameters(d.lora_rank)
-    units = c.retrieval_ratio * layers * (query_heads if c.granularity == "head" else kv_heads)
-    per_unit = sparse.index_dim * head_dim * (1 + (1 if c.granularity == "head" else query_heads // kv_heads))
+    single = c.chosen_unit(query_heads // kv_heads) == "head"
+    units = c.retrieval_ratio * layers * (query_heads if single else kv_heads)
+    per_unit = sparse.index_dim * head_dim * (1 + (1 if single else query_heads // kv_heads))
     disk = 4 * units * per_unit + 2 * trained * bool(d.steps)
     return {
         "seconds": {**{k: round(v) for k, v in seconds.items()}, "total": round(sum(seconds.values()))},
