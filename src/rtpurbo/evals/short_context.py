@@ -15,7 +15,7 @@ import torch
 
 from ..config import EvalConfig
 from ..data import documents
-from ..generate import chat_prompt
+from ..generate import chat_prompt, greedy
 from ..model_card import check
 from ..progress import track
 from .fidelity import Switch, compare_documents
@@ -96,26 +96,12 @@ def draw_questions(tokenizer: Any, config: EvalConfig, context: int) -> list[Que
 
 def replies(model: Any, tokenizer: Any, questions: list[Question], *, what: str) -> list[str]:
     """The model's greedy replies of at most 32 tokens; outside of a chat a reply ends with its line."""
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     batches = [by_length[i : i + _BATCH] for i in range(0, len(by_length), _BATCH)]
     found = [""] * len(questions)
     for batch in track(batches, total=len(batches), what=what):
-        prompts = [torch.tensor(questions[i].prompt) for i in batch]
-        masks = [torch.ones_like(prompt) for prompt in prompts]
-        ids, mask = (
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-            for rows, value in ((prompts, pad), (masks, 0))
-        )
-        out = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=REPLY_TOKENS,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=pad,
-        )
-        for i, text in zip(batch, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
+        new = greedy(model, [torch.tensor(questions[i].prompt) for i in batch], REPLY_TOKENS)
+        for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             found[i] = text.strip() if tokenizer.chat_template else text.strip().split("\n")[0]
     return found
 
