@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rtpurbo import progress
+from rtpurbo import data, progress
 from rtpurbo.data import (
     EVALUATION_CHAIN,
     EVALUATION_TEMPLATE,
@@ -182,8 +182,6 @@ def test_a_module_without_source():
 def test_installed_packages(tmp_path, monkeypatch):
     import sysconfig
 
-    from rtpurbo import data
-
     site = tmp_path / "site"
     for i in range(40):
         package = site / f"package{i}"
@@ -221,8 +219,6 @@ def test_reading_and_tokenising_show_how_far_they_are(tmp_path, monkeypatch, cap
 
 
 def test_long_directories_are_cut(tmp_path, monkeypatch):
-    from rtpurbo import data
-
     make_package(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "_MAX_PACKAGE_BYTES", 100)
     texts = read_source("package:tiny_package")
@@ -391,7 +387,7 @@ def test_chains_can_be_followed(byte_tokenizer, chain):
 
 
 @pytest.mark.parametrize("kind", ["single", "many_values", "chain"])
-def test_an_answered_example_comes_first(byte_tokenizer, kind):
+def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
     """Same wording, other facts: the example's answer is in its own part only, and both parts can be answered."""
     haystack = torch.tensor(byte_tokenizer(prose(1500)).input_ids)[:6000]
     wording = {"template": TRAINING_TEMPLATES[0], "chain": TRAINING_CHAINS[1]}
@@ -415,10 +411,13 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind):
     question = text[512 - 200 : 510].split("\n\n")[-1][:20]
     assert text.count(question) == 2
     assert byte_tokenizer.decode(tokens[[t + 1 for t in later]]) != example
-    for document, wants in ((ask(6000, False), False), (ask(2047, True), True)):  # not asked for; does not fit
-        plain = retrieval_sample(haystack[: len(document[0])], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
-        assert torch.equal(document[0], plain.tokens), wants
-        assert document[1] == plain.label_positions
+    without = [ask(6000, False), ask(2047, True)]  # not asked for; a short document
+    monkeypatch.setattr(data, "SHORTEST_TOKENS", 100)
+    without.append(ask(6000, True))  # 98 tokens hold no question
+    for plain_tokens, answers in without:
+        plain = retrieval_sample(haystack[: len(plain_tokens)], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
+        assert torch.equal(plain_tokens, plain.tokens)
+        assert answers == plain.label_positions
 
 
 def test_some_training_questions_have_an_example(byte_tokenizer):

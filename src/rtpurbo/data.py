@@ -17,6 +17,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.machinery import ModuleSpec
@@ -623,11 +624,12 @@ def question_document(
         tokens [length], and the positions whose next token is part of an answer, those of the example first.
     """
     ask = partial(retrieval_sample, tokenizer=tokenizer, kind=kind, template=template, chain=chain)
-    if not example or len(document) < 4 * SHORTEST_TOKENS:
-        sample = ask(document, depth=depth, seed=seed)
-        return sample.tokens, sample.label_positions
     gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids)
-    first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
-    sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
-    tokens = torch.cat([first.tokens, gap, sample.tokens])
-    return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]
+    if example and len(document) >= 4 * SHORTEST_TOKENS:
+        with suppress(ValueError):  # it does not fit, where a tokenizer takes many tokens for these words
+            first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
+            sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
+            tokens = torch.cat([first.tokens, gap, sample.tokens])
+            return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]
+    sample = ask(document, depth=depth, seed=seed)
+    return sample.tokens, sample.label_positions
