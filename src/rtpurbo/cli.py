@@ -379,6 +379,33 @@ def stream(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export(OfArtifact):
+    """Write an artefact's model as one Hugging Face directory, to be served by vLLM or loaded by rtpurbo.load."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact."""
+    served: tyro.conf.Positional[Path | None] = None
+    """Directory to write, the same as --output; default: served. Weights keep the base model's dtype with --dtype auto."""
+
+    def run(self) -> Any:
+        """Export and say how to serve it."""
+        from .export import export
+
+        if self.served is not None and self.output is not None:
+            raise ValueError(f"Expected one directory to write, got {str(self.served)!r} and --output {str(self.output)!r}.")
+        path = export(
+            self.artifact,
+            self.served or self.output or Path("served"),
+            dtype=self.dtype,
+            device=self.device,
+            base_model=self.base_model,
+            trust_remote_code=self.trust_remote_code,
+        )
+        _out(f"Exported to {path}. Next: vllm serve {path} (docs/serving.md)")
+        return {"exported": str(path), "bytes": sum(file.stat().st_size for file in path.rglob("*"))}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Common):
     """Write an artefact's report.html from its settings, metrics and eval.json."""
 
@@ -626,6 +653,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "eval": Eval,
     "generate": Generate,
+    "export": Export,
     "report": Report,
     "info": Info,
     "doctor": Doctor,
