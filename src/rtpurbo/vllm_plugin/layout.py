@@ -3,7 +3,7 @@
 vLLM hands out blocks of one size, and a block of a group holds the same tokens of all layers of that group. A cache for
 every layer would therefore cost each token what the layer with the most KV heads costs. Here the heads decide: one *full*
 pool holds, in each block, the keys, values and index keys of all full KV heads of all layers; *local* pools hold the
-local KV heads of consecutive layers, as many as fit into a block of that size. A pool is a cache group of its own, whose
+local KV heads of some layers each, as many as fit into a block of that size. A pool is a cache group of its own, whose
 blocks are freed on their own. With tensor parallelism every process has the pools and sizes of the one that needs most.
 
 A block of `page` tokens: keys [rows, page, D], then values [rows, page, D], then index keys [units, page, d].
@@ -104,10 +104,11 @@ def page_layout(
     capacity = token_bytes // row_bytes
     bins: list[list[int]] = []
     for layer in with_local:
-        if bins and most(local, [*bins[-1], layer]) <= capacity:
-            bins[-1].append(layer)
-        else:
+        room = next((group for group in bins if most(local, [*group, layer]) <= capacity), None)
+        if room is None:
             bins.append([layer])
+        else:
+            room.append(layer)
     pools = [pool("full", layers, rows, units, 0)] if rows else []
     for group in bins:
         window = max(max(heads.local_windows(layer, config.window_tokens), default=1) for layer in group)

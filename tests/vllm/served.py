@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rtpurbo.models import fingerprint, model_identity
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny import tiny_model
 
-HEAD_DIM, VOCABULARY, CONTEXT = 32, 97, 512
+HEAD_DIM, VOCABULARY, CONTEXT, PAGE = 32, 97, 512, 16
 CONFIG = SparseConfig(window_tokens=40, sink_tokens=4, index_dim=16, top_p=0.6, min_probability=0.0)
 UNEVEN = [(0, 1), (), (0, 1, 4, 5)]
 """Whole KV groups: one, none and two of three."""
@@ -79,19 +80,31 @@ def reference(source: Path, asked: list[list[int]], new: int = NEW, **options: A
         model, _ = rtpurbo.load(source, **options)
     else:
         model, _ = rtpurbo.models.load_model(str(source))
-    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    return [model.generate(torch.tensor([one]), **settings)[0, len(one) :].tolist() for one in asked]
+    out = []
+    for one in asked:
+        ids = torch.tensor([one])
+        settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        out.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(one) :].tolist())
+    return out
 
 
-def engine(path: Path, **settings: Any) -> Any:
-    """vLLM's offline engine in this process."""
+@contextmanager
+def engine(path: Path, **settings: Any) -> Iterator[Any]:
+    """vLLM's offline engine in this process, until the end of the `with` block."""
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {
-        "dtype": "float32", "max_model_len": CONTEXT, "max_num_batched_tokens": CONTEXT, "enforce_eager": True,
-        "block_size": 16, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0, "max_num_seqs": 8,
+        "dtype": "float32", "max_model_len": CONTEXT, "max_num_batched_tokens": 2 * CONTEXT, "enforce_eager": True,
+        "block_size": PAGE, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0, "max_num_seqs": 8,
+        "num_gpu_blocks_override": 1024,
     }  # fmt: skip
-    return LLM(str(path), **(defaults | settings))
+    llm = LLM(str(path), **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 def answers(llm: Any, asked: list[list[int]], new: int = NEW) -> list[list[int]]:
@@ -103,6 +116,11 @@ def answers(llm: Any, asked: list[list[int]], new: int = NEW) -> list[list[int]]
     return [list(one.outputs[0].token_ids) for one in out]
 
 
-def longer_window(config: SparseConfig = CONFIG) -> SparseConfig:
-    """The same with everything in the window."""
-    return dataclasses.replace(config, window_tokens=CONTEXT)
+def counter(llm: Any, name: str) -> int:
+    """One of vLLM's metrics."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def managers(llm: Any) -> list[Any]:
+    """vLLM's managers of blocks, one for each cache group."""
+    return list(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers)
