@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .decode import decode_attention
 from .prefill import backend, prefill_attention
+from .reference import numbers
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,10 @@ def decode(
         lengths: [R] int32 tokens of every sequence, the query's own counted.
         longest: no sequence has more tokens than this.
     """
-    heads = tuple(range(q.shape[1]))
-    rule: dict[str, Any] = {"top_p": part.top_p, "min_probability": part.min_probability, "scaling": part.scaling}
-    rule |= {"kv_rows": heads, "head_units": part.head_units, "window_tokens": part.windows, "slots": longest}
+    if q.device.type == "cuda" and backend("cuda", q.dtype, q.shape[-1])[0] == "triton":
+        return decode_by_kernels(q, index_q, pages, table, lengths, longest, part)
     index_k = pages.index_k if index_q is not None else None
     sinks = torch.arange(part.sink_tokens, device=q.device)
-    if q.device.type == "cuda" and backend("cuda", q.dtype, q.shape[-1])[0] == "triton":
-        from . import decode_kernels
-
-        here, none = (pages.k, pages.v), (pages.k[:, :, :0], pages.v[:, :, :0])
-        full, local = (here, none) if part.full else (none, here)
-        return decode_kernels.decode_attention(
-            q, *full, *local, q[:, :0], q[:, :0], index_q, index_k, sinks=sinks[None], lengths=lengths,
-            block_tables=(table, table), index_table=table if index_k is not None else None, **rule,
-        )  # fmt: skip
     pad = longest - lengths.long()[:, None]  # sequences end together
     real = torch.arange(longest, device=q.device) >= pad
     tokens = (torch.arange(longest, device=q.device) - pad).clamp(min=0)
@@ -116,7 +107,40 @@ def decode(
         near = tokens[:, max(0, longest - max(part.windows)) :]
         first = torch.where(old < lengths[:, None], old, 0)
         kept = (empty, empty, *(gather(x, table, where) for where in (near, first) for x in (pages.k, pages.v)), None, None)
-    return decode_attention(q, *kept, sinks=sink_slots, real=real, **rule)
+    return decode_attention(q, *kept, sinks=sink_slots, real=real, **_rule(part, longest))
+
+
+def decode_by_kernels(
+    q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, lengths: Tensor, longest: int, part: Part
+) -> Tensor:
+    """`decode` in Triton kernels; the pages are read as they lie, and of local parts only those of sinks and window."""
+    from . import decode_kernels
+
+    here, none = (pages.k, pages.v), (pages.k[:, :, :0], pages.v[:, :, :0])
+    full, local = (here, none) if part.full else (none, here)
+    index_k = pages.index_k if index_q is not None else None
+    return decode_kernels.decode_attention(
+        q, *full, *local, q[:, :0], q[:, :0], index_q, index_k, sinks=_sinks(part.sink_tokens, q.device), lengths=lengths,
+        block_tables=(table, table), index_table=None if index_k is None else table, **_rule(part, longest),
+    )  # fmt: skip
+
+
+def _rule(part: Part, longest: int) -> dict[str, Any]:
+    """What the ops of decode are told of a part."""
+    return {
+        "kv_rows": tuple(range(len(part.windows))),
+        "head_units": part.head_units,
+        "window_tokens": part.windows,
+        "slots": longest,
+        "top_p": part.top_p,
+        "min_probability": part.min_probability,
+        "scaling": part.scaling,
+    }
+
+
+def _sinks(count: int, device: torch.device) -> Tensor:
+    """Slots [1, count] of the sinks, a tensor that stays on the device."""
+    return numbers(tuple(range(count)), device)[None]
 
 
 def prefill(q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, length: int, part: Part) -> Tensor:

@@ -15,10 +15,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from ..indexer import FLOAT8
 from ..ops import paged
 from .compat import BACKEND, host_lengths
-from .layout import Pool
+from .layout import Place
 
 
 @dataclass
@@ -74,38 +73,6 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         step = self.build(0, common_attn_metadata)
         step.longest = self.context
         return step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a part of a layer has its rows in the blocks of a pool, and their shape."""
-
-    pool: Pool
-    row: int
-    rows: int
-    unit: int
-    units: int
-    head_dim: int
-    index_dim: int
-    float8: bool
-
-    def pages(self, cache: Tensor) -> paged.Pages:
-        """Views of the part's keys, values and index keys in a cache [blocks, 1, N, numbers of a token]."""
-        size, dim = cache.shape[2], self.head_dim
-        block = cache.flatten(1)
-
-        def region(start: int, rows: int, width: int, of: Tensor = block) -> Tensor:
-            return of[:, start : start + rows * size * width].unflatten(1, (rows, size, width)).transpose(1, 2)
-
-        keys = self.pool.rows * size * dim
-        index = None
-        if self.units:
-            inner, begin = block, 2 * keys
-            if self.float8:
-                inner, begin = block.view(FLOAT8), begin * block.element_size()
-            index = region(begin + self.unit * size * self.index_dim, self.units, self.index_dim, inner)
-        k, v = (region(start + self.row * size * dim, self.rows, dim) for start in (0, keys))
-        return paged.Pages(k, v, index)
 
 
 class PagedImpl(AttentionImpl):

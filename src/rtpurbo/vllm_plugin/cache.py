@@ -98,6 +98,9 @@ class SinkWindowManager(SlidingWindowManager):
         return mask
 
 
+compat.register_caches_of_vllm()
+
+
 @register_kv_cache_spec(manager_class=SinkWindowManager)
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(SlidingWindowSpec):

@@ -12,13 +12,18 @@ BACKEND = "RTPURBO"
 
 
 def register_backend() -> None:
-    """Name our backend in vLLM's enumeration of backends, and let vLLM name its own kinds of cache before ours."""
+    """Name our backend in vLLM's enumeration of backends."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     if BACKEND not in AttentionBackendEnum.__members__:
         register_backend(BACKEND, "rtpurbo.vllm_plugin.backend.PagedBackend")
-    KVCacheSpecRegistry._ensure_registered()  # does nothing once anything is registered, ours for instance
+
+
+def register_caches_of_vllm() -> None:
+    """Let vLLM name its own kinds of cache, which it does only as long as nobody has named any."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:

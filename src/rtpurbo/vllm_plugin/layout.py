@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..config import SparseConfig
 from ..heads import HeadMap
+from ..indexer import FLOAT8
+from ..ops import paged
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,38 @@ class Pool:
     """Longest window of its heads; 0 for the full pool, which forgets nothing."""
     places: dict[int, tuple[int, int]]
     """Layer -> its first row and first unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a part of a layer has its rows in the blocks of a pool, and their shape."""
+
+    pool: Pool
+    row: int
+    rows: int
+    unit: int
+    units: int
+    head_dim: int
+    index_dim: int
+    float8: bool
+
+    def pages(self, cache: Tensor) -> paged.Pages:
+        """Views of the part's keys, values and index keys in a cache [blocks, 1, N, numbers of a token]."""
+        size, dim = cache.shape[2], self.head_dim
+        block = cache.flatten(1)
+
+        def region(start: int, rows: int, width: int, of: Tensor = block) -> Tensor:
+            return of[:, start : start + rows * size * width].unflatten(1, (rows, size, width)).transpose(1, 2)
+
+        keys = self.pool.rows * size * dim
+        index = None
+        if self.units:
+            inner, begin = block, 2 * keys
+            if self.float8:
+                inner, begin = block.view(FLOAT8), begin * block.element_size()
+            index = region(begin + self.unit * size * self.index_dim, self.units, self.index_dim, inner)
+        k, v = (region(start + self.row * size * dim, self.rows, dim) for start in (0, keys))
+        return paged.Pages(k, v, index)
 
 
 @dataclass(frozen=True)

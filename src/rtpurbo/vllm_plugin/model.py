@@ -34,9 +34,9 @@ from ..heads import HeadMap
 from ..indexer import LayerIndexer, stored_keys
 from ..ops.paged import Part
 from . import compat, limits
-from .backend import PagedBackend, Place
+from .backend import PagedBackend
 from .cache import SinkWindowSpec
-from .layout import PageLayout, Pool, page_layout
+from .layout import PageLayout, Place, Pool, page_layout
 
 
 class IndexedRotary(nn.Module):
