@@ -1,5 +1,5 @@
-"""Attention over blocks laid out as vLLM has them: every sequence as if it were alone, by PyTorch and by the kernels (through
-Triton's interpreter where there is no GPU)."""
+"""Attention over blocks laid out as vLLM has them: every sequence as if it were alone, by PyTorch and by the kernels
+(through Triton's interpreter where there is no GPU)."""
 
 import dataclasses
 
@@ -149,7 +149,9 @@ def check(heads, config, decode, indexed=True):
             for i, (q, k, v, index_q, index_k) in enumerate(inputs):
                 for start in range(0, LENGTHS[i] - 1, 50):
                     stop = min(start + 50, LENGTHS[i] - 1)
-                    here = [x[0, :, start:stop].transpose(0, 1) for x in (q[:, mine], k[:, rows], v[:, rows], index_q, index_k)]
+                    here = [
+                        x[0, :, start:stop].transpose(0, 1) for x in (q[:, mine], k[:, rows], v[:, rows], index_q, index_k)
+                    ]
                     paged.write(pages, blocks.slots(i, start, stop), here[1], here[2], here[4] if index else None)
                     if name == "local":
                         blocks.forget(pages, i, start, max(part.windows))
@@ -164,9 +166,7 @@ def check(heads, config, decode, indexed=True):
             lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
             for longest in (max(LENGTHS), blocks.table.shape[1] * PAGE):
                 got = decode(q, index_q, pages, blocks.table, lengths, longest, part).flatten(1, 2)
-                torch.testing.assert_close(
-                    got, torch.stack([one[-1, mine] for one in want]), atol=TOLERANCE, rtol=TOLERANCE
-                )
+                torch.testing.assert_close(got, torch.stack([one[-1, mine] for one in want]), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_tokens_that_are_none_are_written_to_block_0():

@@ -16,9 +16,7 @@ CONFIG = SparseConfig(window_tokens=100, sink_tokens=4, index_dim=16, top_p=0.9,
 def head_map(*full: tuple[int, ...], kv_heads: int = 8, group: int = 2, windows=None) -> HeadMap:
     """Whole groups: the full KV heads of every layer."""
     rows = tuple(tuple(h for g in row for h in range(g * group, (g + 1) * group)) for row in full)
-    return HeadMap(
-        query_heads=kv_heads * group, kv_heads=kv_heads, granularity="group", retrieval=rows, windows=windows
-    )
+    return HeadMap(query_heads=kv_heads * group, kv_heads=kv_heads, granularity="group", retrieval=rows, windows=windows)
 
 
 def layout_of(heads, config=CONFIG, **more):

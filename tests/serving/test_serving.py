@@ -3,7 +3,21 @@
 import dataclasses
 
 import pytest
-from served import CONFIG, CONTEXT, HEADS, NEW, PAGE, UNEVEN, answers, counter, engine, exported, managers, prompts, reference
+from served import (
+    CONFIG,
+    CONTEXT,
+    HEADS,
+    NEW,
+    PAGE,
+    UNEVEN,
+    answers,
+    counter,
+    engine,
+    exported,
+    managers,
+    prompts,
+    reference,
+)
 
 from rtpurbo.config import SparseConfig
 from rtpurbo.vllm_plugin.cache import SinkWindowManager
@@ -56,12 +70,22 @@ def model(tmp_path_factory):
 
 
 def test_a_window_that_holds_everything_equals_stock_vllm(tmp_path):
-    served = exported(tmp_path, UNEVEN, config=SparseConfig(window_tokens=CONTEXT, index_dim=16, top_p=0.6, min_probability=0.0))
+    served = exported(
+        tmp_path, UNEVEN, config=SparseConfig(window_tokens=CONTEXT, index_dim=16, top_p=0.6, min_probability=0.0)
+    )
     asked = prompts(*LENGTHS)
     with engine(tmp_path / "dense", block_size=32) as llm:  # vLLM's own backend on CPUs takes multiples of 32
         want = answers(llm, asked)
     with engine(served, block_size=32) as llm:
         assert answers(llm, asked) == want
+
+
+def test_under_torch_compile(tmp_path):
+    """As a server runs it by default: the layers are traced and compiled, attention is called between the pieces."""
+    served = exported(tmp_path, HEADS, family="qwen3", granularity="head")
+    asked = prompts(*LENGTHS)
+    with engine(served, enforce_eager=False) as llm:
+        assert answers(llm, asked) == reference(served, asked)
 
 
 @pytest.mark.parametrize("tokens", [48, 33])
