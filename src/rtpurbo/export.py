@@ -58,20 +58,26 @@ def export(
     model, tokenizer = load_distilled(artifact, base_model=base_model, dtype=dtype, device=device, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        block = artifact.sections()
-        block["base_model"] = {**artifact.base_model, "name": public_name(artifact.base_model["name"])}
-        if artifact.indexer is not None:
-            block["indexer"] = artifact.save_indexer(temporary)
-            _add_to_index(temporary, block["indexer"]["file"], list(artifact.indexer))
-        config = json.loads((temporary / EXPORTED_FILE).read_text())
-        config.pop("quantization_config", None)  # of a GGUF file, whose weights are whole numbers no more
-        config["architectures"] = [f"{ARCHITECTURE}{name}" for name in config["architectures"]]
-        write_json(temporary / EXPORTED_FILE, {**config, EXPORTED_KEY: block})
+        write(temporary, model, tokenizer, artifact)
         if path.is_dir():
             shutil.rmtree(path)
     return path
+
+
+def write(path: Path, model: Any, tokenizer: Any | None, artifact: Artifact) -> None:
+    """Write a dense model, its tokenizer, and what makes it sparse into a directory."""
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    block = artifact.sections()
+    block["base_model"] = {**artifact.base_model, "name": public_name(artifact.base_model["name"])}
+    if artifact.indexer is not None:
+        block["indexer"] = artifact.save_indexer(path)
+        _add_to_index(path, block["indexer"]["file"], list(artifact.indexer))
+    config = json.loads((path / EXPORTED_FILE).read_text())
+    config.pop("quantization_config", None)  # of a GGUF file, whose weights are whole numbers no more
+    config["architectures"] = [f"{ARCHITECTURE}{name}" for name in config["architectures"]]
+    write_json(path / EXPORTED_FILE, {**config, EXPORTED_KEY: block})
 
 
 def _add_to_index(path: Path, file: str, tensors: list[str]) -> None:

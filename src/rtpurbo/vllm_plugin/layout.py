@@ -12,6 +12,7 @@ A block of `page` tokens: keys [rows, page, D], then values [rows, page, D], the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -150,3 +151,28 @@ def page_layout(
         window = max(max(heads.local_windows(layer, config.window_tokens), default=1) for layer in group)
         pools.append(pool("local", group, capacity, 0, window))
     return PageLayout(tuple(pools), token_bytes, config.sink_tokens)
+
+
+def memory_rows(
+    heads: HeadMap, config: SparseConfig, *, head_dim: int, element_bytes: int, indexed: bool, ranks: int = 1,
+    page: int = 16, lengths: tuple[int, ...] = (8192, 32768, 131072),
+) -> dict[str, Any]:  # fmt: skip
+    """What one of `ranks` processes keeps of a sequence, dense and sparse.
+
+    Args:
+        page: tokens of a block.
+        lengths: of sequences, in tokens.
+
+    Returns:
+        "bytes_per_token" dense and sparse (beyond the window), "local_bytes" (once a sequence, at most), and "sequences":
+        for each length the cache in bytes, whole blocks, dense and sparse.
+    """
+    layout = page_layout(heads, config, head_dim=head_dim, element_bytes=element_bytes, indexed=indexed, ranks=ranks)
+    dense = len(heads.layers) * heads.kv_heads // ranks * 2 * head_dim * element_bytes
+    grows = any(pool.name == "full" for pool in layout.pools)
+    return {
+        "bytes_per_token": {"dense": dense, "sparse": layout.token_bytes if grows else 0},
+        "local_bytes": layout.local_blocks(page) * page * layout.token_bytes,
+        "cache_groups": len(layout.pools),
+        "sequences": {n: {"dense": -(-n // page) * page * dense, "sparse": layout.bytes_of(n, page)} for n in lengths},
+    }
