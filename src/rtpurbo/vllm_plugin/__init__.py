@@ -1,7 +1,7 @@
 """vLLM runs an exported model (`rtpurbo export`): an entry point of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. It names a model class for every supported family, a backend and a kind of
-cache; nothing of vLLM's own is replaced, and models that are not ours never meet this package again.
+vLLM calls `register` in each of its processes. It names a model class for every supported family and a kind of cache;
+nothing of vLLM's own is replaced, and models that are not ours never meet this package again.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
 
 
 def register() -> None:
-    """Tell vLLM of our models, our backend and our cache; may be called any number of times.
+    """Tell vLLM of our models and our cache; may be called any number of times.
 
     Raises:
         ImportError: the installed vLLM lacks one of the hooks (its version is outside of 0.29 to 0.33).
     """
     from vllm import ModelRegistry
 
-    from . import compat
-
-    compat.register_backend()
     from . import cache  # noqa: F401  # names its kind of cache
 
     known = ModelRegistry.get_supported_archs()

@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKEND = "RTPURBO"
-
-
-def register_backend() -> None:
-    """Name our backend in vLLM's enumeration of backends."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    if BACKEND not in AttentionBackendEnum.__members__:
-        register_backend(BACKEND, "rtpurbo.vllm_plugin.backend.PagedBackend")
+BACKEND = "CUSTOM"
+"""vLLM wants every backend's name to be in its enumeration. This one is there for others' backends, in every version;
+nothing is registered under it, as our layers bring their backend themselves."""
 
 
 def register_caches_of_vllm() -> None:
