@@ -9,7 +9,7 @@ import torch
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
-from rtpurbo.vllm_plugin import limits
+from rtpurbo.vllm_plugin import check, limits
 from rtpurbo.vllm_plugin.layout import memory_rows, page_layout
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,8 @@ def settings(**changes):
     """vLLM's settings as far as they are looked at."""
     values = {
         "speculative_config": None, "kv_transfer_config": None,
-        "parallel": {"decode_context_parallel_size": 1, "pipeline_parallel_size": 1, "tensor_parallel_size": 1},
+        "parallel": {"decode_context_parallel_size": 1, "pipeline_parallel_size": 1, "tensor_parallel_size": 1,
+                     "enable_dbo": False, "prefill_context_parallel_size": 1},
         "cache": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "enable_prefix_caching": True},
         "scheduler": {"disable_hybrid_kv_cache_manager": False},
     }  # fmt: skip
@@ -167,7 +168,9 @@ def settings(**changes):
     [
         ({"speculative_config": object()}, "speculative decoding"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"enable_dbo": True}, "--enable-dbo"),
         ({"cache_dtype": "fp8"}, "a quantised KV cache .--kv-cache-dtype fp8"),
         ({"cache_dtype": "float16"}, "--kv-cache-dtype float16; the model's dtype is bfloat16"),
         ({"kv_transfer_config": object()}, "a KV connector"),
@@ -252,3 +255,13 @@ def test_dense_and_sparse_memory_of_a_sequence():
     assert found["local_bytes"] == 18 * 16 * layout.token_bytes
     nothing_full = memory_rows(head_map((), ()), CONFIG, head_dim=64, element_bytes=2, indexed=False, lengths=(1600,))
     assert nothing_full["bytes_per_token"]["sparse"] == 0
+
+
+def test_the_doctor_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(check, "_version", lambda name: None)
+    with pytest.raises(ValueError, match=r"vLLM is not installed; run `pip install 'rtpurbo\[vllm\]'`"):
+        check.check_vllm()
+    monkeypatch.setattr(check, "_version", lambda name: "0")
+    monkeypatch.setattr(check.importlib.metadata, "entry_points", lambda group: SimpleNamespace(names=set()))
+    with pytest.raises(ValueError, match="rtpurbo is not installed by pip"):
+        check.check_vllm()

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from rtpurbo import vllm_plugin
 from rtpurbo.vllm_plugin import compat
 from rtpurbo.vllm_plugin.cache import SinkWindowManager, SinkWindowSpec
+from rtpurbo.vllm_plugin.check import check_vllm
 
 
 def test_registering_again_changes_nothing():
@@ -124,3 +125,17 @@ def test_sharded_weights(tmp_path, served):
     assert CONFIG.window_tokens < 200
     with engine(sharded) as llm:
         assert answers(llm, asked) == reference(served, asked) == reference(sharded, asked)
+
+
+def test_the_doctor_serves_a_model():
+    """As a user's first check does; here in this process."""
+    found = check_vllm()
+    assert found["vllm_passed"]
+    assert float(found["vllm_largest_error"].split()[0]) < 1e-4
+    assert found["vllm_prefix_caching"] == "has the hooks that it needs"
+
+
+def test_the_doctor_notices_other_tokens(monkeypatch):
+    """Where sinks get lost in a hit, the second answers differ."""
+    monkeypatch.delattr(SinkWindowManager, "add_local_computed_blocks")
+    assert not check_vllm()["vllm_passed"]

@@ -19,6 +19,9 @@ from ..ops import paged
 from .compat import BACKEND, host_lengths
 from .layout import Place
 
+COPIES = 4
+"""Of what a prompt's piece may see, in one layer at a time: keys and values, gathered from blocks, then head by head."""
+
 
 @dataclass
 class Step:
@@ -86,7 +89,7 @@ class PagedImpl(AttentionImpl):
     ):  # fmt: skip
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
-        self.part, self.place = part, place
+        self.part, self.place, self.context = part, place, 0
         self._views: tuple[Tensor, paged.Pages] | None = None
 
     def pages(self, cache: Tensor) -> paged.Pages:
@@ -102,11 +105,13 @@ class PagedImpl(AttentionImpl):
     ) -> Tensor:  # fmt: skip
         """Write the step's tokens, then attend: query [T, H*G*D + U*d], key [T, H*D + U*d], value [T, H*D] -> output
         [T, H*G*D]."""
-        if attn_metadata is None:  # vLLM measures memory
-            return output.zero_()
         part, place, step = self.part, self.place, attn_metadata
         assert part is not None
         assert place is not None
+        if step is None:  # vLLM measures what a step needs beside the cache: here copies of a sequence's keys and values
+            tokens = self.context if part.full else min(self.context, max(part.windows) + len(query))
+            query.new_empty(COPIES * place.rows * tokens * place.head_dim)
+            return output.zero_()
         pages, dim, width = self.pages(kv_cache), place.head_dim, place.units * place.index_dim
 
         def heads(x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:

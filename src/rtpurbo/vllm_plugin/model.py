@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -84,6 +84,7 @@ class PartAttention(Attention):
             prefix=name, kv_sharing_target_layer_name=home.layer_name, part=part, place=place,
         )  # fmt: skip
         self.width = len(part.head_units) * old.head_size
+        self.impl.context = get_current_vllm_config().model_config.max_model_len
         self.num_heads = old.num_heads  # one set of metadata for all layers of a pool, whatever their parts
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
@@ -190,7 +191,7 @@ class Sparse(nn.Module):
         first: Attention = modules[heads.layers[0]].attn
         head_dim = first.head_size
         layout = page_layout(
-            heads, config, head_dim=head_dim, element_bytes=first.kv_cache_torch_dtype.itemsize, indexed=self.indexed,
+            heads, config, head_dim=head_dim, element_bytes=vllm_config.model_config.dtype.itemsize, indexed=self.indexed,
             rank=self.rank, ranks=self.ranks,
         )  # fmt: skip
         context = vllm_config.compilation_config.static_forward_context
