@@ -27,6 +27,15 @@ def test_registering_again_changes_nothing():
     assert {f"RTPurbo{family}ForCausalLM" for family in vllm_plugin.ARCHITECTURES} <= set(models)
 
 
+def test_registering_imports_nothing_of_ours_but_the_plugin():
+    code = (
+        "import sys; from rtpurbo.vllm_plugin import register; register();"
+        "print(sorted(name for name in sys.modules if name.startswith('rtpurbo')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "['rtpurbo', 'rtpurbo.vllm_plugin']"
+
+
 def test_vllms_own_caches_keep_their_managers():
     vllm_plugin.register()
     shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": None}

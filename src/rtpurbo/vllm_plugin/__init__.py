@@ -1,7 +1,8 @@
 """vLLM runs an exported model (`rtpurbo export`): an entry point of the group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes. It names a model class for every supported family and a kind of cache;
-nothing of vLLM's own is replaced, and models that are not ours never meet this package again.
+vLLM calls `register` in each of its processes. It names a model class for every supported family, and imports none of them;
+nothing of vLLM's own is replaced, and models that are not ours never meet this package again. Our kind of cache names itself
+where it is first met (`cache`): in the process that builds the model, and in the scheduler's, which is sent it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,8 @@ ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
 
 
 def register() -> None:
-    """Tell vLLM of our models and our cache; may be called any number of times.
-
-    Raises:
-        ImportError: the installed vLLM lacks one of the hooks (its version is outside of 0.29 to 0.33).
-    """
+    """Tell vLLM of our models; may be called any number of times."""
     from vllm import ModelRegistry
-
-    from . import cache  # noqa: F401  # names its kind of cache
 
     known = ModelRegistry.get_supported_archs()
     for family in ARCHITECTURES:
