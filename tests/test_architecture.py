@@ -15,7 +15,7 @@ LEVELS = [
     {"attention"},
     {"attach", "checkpoint", "models", "model_card"},
     {"data", "training", "calibration", "recovery", "indexer_training", "distillation", "generate", "evals"},
-    {"pipeline", "memory", "report", "demo", "doctor"},
+    {"pipeline", "memory", "report", "demo", "doctor", "export", "vllm_plugin"},
     {"cli"},
 ]
 """A module imports from its own level and those before it; names for type annotations alone do not count."""

@@ -546,7 +546,7 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
     text = (ROOT / "README.md").read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     commands = [line.split("#")[0].strip() for line in lines if "rtpurbo " in line]
-    assert [c.split()[1] for c in commands] == ["convert", "generate", "generate", "eval"]
+    assert [c.split()[1] for c in commands] == ["convert", "generate", "export", "generate", "eval"]
     prose = Path(source).resolve()
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("a letter from the city")
@@ -558,7 +558,7 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
             words += [*SMALL_FLAGS, "--sources", str(prose), "--heldout", str(prose)]
         elif words[0] == "generate":
             words += ["--max-new-tokens", "2", "--json", "reply.json"]
-        else:
+        elif words[0] == "eval":
             words += ["--sources", str(prose), "--decode-tokens", "2"]
         code, _, err = run(*words)
         assert code == 0, (command, err)
@@ -566,6 +566,7 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
     assert set(Artifact.load("out").stages) == {"calibrate", "train_indexer", "distill"}
     assert json.loads(Path("reply.json").read_text())["new_tokens"] == 2
     assert Path("out/eval/eval.json").is_file()
+    assert set(Artifact.load("served").base_model) == set(Artifact.load("out").base_model)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     names = {"dense_model": random_model()}
     for python in re.findall(r"```python\n(.*?)```", text, re.S):

@@ -599,8 +599,9 @@ for capability, modes in ((80, [(False, True)]), (90, [(True, False), (False, Tr
     decode |= {"HEADS": 8, "AT_ONCE": 16, "T": decode_kernels.KEY_TILE, "SELECT": True, "ONE_ROW": True}
     decode["OVERLAP"] = capability >= 90
     for search in (True, False):
-        score = decode | {"TILE": decode_kernels.SCORE_TILE, "SEARCH": search}
+        score = decode | {"TILE": decode_kernels.SCORE_TILE, "SEARCH": search, "PAGE": 0}
         sizes.append(compiled("_score", capability, d=16, D=16, **score))
+        sizes.append(compiled("_score", capability, d=16, D=16, **score | {"PAGE": 16}))
         small = DECODE | {"p_ik": "*fp8e4nv" if capability >= 89 else "*u8"}
         sizes.append(compiled("_score", capability, d=16, D=16, **score | {"types_of": small}))
     for page, units in ((0, 1), (0, 3), (16, 2)):

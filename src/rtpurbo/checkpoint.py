@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG_FILE = "rtpurbo_config.json"
+EXPORTED_FILE, EXPORTED_KEY = "config.json", "rtpurbo"
+"""Where an exported model has the same sections: in its Transformers config, whose directory holds the weights too."""
 FORMAT_VERSION = 1
 STAGES = ("calibrate", "train_indexer", "distill")
 WORK_DIR = ".rtpurbo-work"
@@ -98,36 +100,25 @@ class Artifact:
                 and compared with the checksum in its name; of full weights, which may be many GB, `rtpurbo.load` does it.
         """
         path = find_artifact(source, revision)
+        file = path / CONFIG_FILE if (path / CONFIG_FILE).is_file() else path / EXPORTED_FILE
+        exported = file.name == EXPORTED_FILE
         try:
-            raw = json.loads((path / CONFIG_FILE).read_text())
+            raw: Any = json.loads(file.read_text())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path / CONFIG_FILE} is damaged: expected JSON ({error}). Convert again.") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path / CONFIG_FILE} is damaged: expected a JSON object, got {type(raw).__name__}.")
-        version = raw.get("format_version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"{path / CONFIG_FILE} is damaged: its format_version is {version!r}. Convert again.")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
-                "Upgrade rtpurbo."
-            )
-        _check_keys(raw, _KEYS, path / CONFIG_FILE)
-        for key, keys in _SECTIONS.items():
-            section = raw.get(key, {} if key == "stages" else None)
-            if section is not None or key not in ("indexer", "weights"):
-                _check_section(section, keys, key, path / CONFIG_FILE)
-        for name, stage in raw.get("stages", {}).items():
-            _check_section(stage, _STAGE, f"stages.{name}", path / CONFIG_FILE)
+            raise ValueError(f"{file} is damaged: expected JSON ({error}). Convert again.") from error
+        if exported:
+            raw = raw[EXPORTED_KEY]
+        check_sections(raw, file)
+        heads, config = read_roles(raw)
         weights = raw.get("weights")
         artifact = cls(
             base_model=raw["base_model"],
-            config=from_dict(SparseConfig, {"min_probability": 0.0} | raw["sparse"], where="the artefact's sparse section"),
-            heads=HeadMap.from_dict(raw["heads"]),
+            config=config,
+            heads=heads,
             stages=raw.get("stages", {}),
             indexer=_read_tensors(path, raw["indexer"]) if raw.get("indexer") else None,
-            weights_kind=weights["kind"] if weights else None,
-            weights_path=_inside(path, weights["directory"]) if weights else None,
+            weights_kind="full" if exported else weights["kind"] if weights else None,
+            weights_path=path if exported else _inside(path, weights["directory"]) if weights else None,
         )
         if artifact.weights_path is not None:
             _check_weights(artifact.weights_path, artifact.weights_kind)
@@ -147,21 +138,10 @@ class Artifact:
         if self.weights_path is not None:
             _check_weights(self.weights_path, self.weights_kind)
         path.mkdir(parents=True, exist_ok=True)
-        raw: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "base_model": self.base_model,
-            "sparse": self.config.to_dict(),
-            "heads": self.heads.to_dict(),
-            "stages": self.stages,
-        }
+        raw = {**self.sections(), "stages": self.stages}
         try:
             if self.indexer is not None:
-                content = _tensor_bytes(self.indexer)
-                digest = hashlib.sha256(content).hexdigest()
-                name = f"rtpurbo_indexer.{digest[:8]}.safetensors"
-                with atomic_path(path / name) as temporary:
-                    temporary.write_bytes(content)
-                raw["indexer"] = {"file": name, "sha256": digest}
+                raw["indexer"] = self.save_indexer(path)
             if self.weights_path is not None:
                 digest = _directory_digest(self.weights_path)
                 target = path / f"{self.weights_kind}.{digest[:8]}"
@@ -173,6 +153,25 @@ class Artifact:
             write_json(path / CONFIG_FILE, raw)
         finally:
             sweep(path)
+
+    def sections(self) -> dict[str, Any]:
+        """What the config file says of the base model, the settings and the roles of heads."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "sparse": self.config.to_dict(),
+            "heads": self.heads.to_dict(),
+        }
+
+    def save_indexer(self, path: Path) -> dict[str, str]:
+        """Write the index projections into the directory `path`; the config's `indexer` section."""
+        assert self.indexer is not None
+        content = _tensor_bytes(self.indexer)
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"rtpurbo_indexer.{digest[:8]}.safetensors"
+        with atomic_path(path / name) as temporary:
+            temporary.write_bytes(content)
+        return {"file": name, "sha256": digest}
 
     def with_stage(self, name: str, settings: Any, metrics: dict[str, Any], **changes: Any) -> Artifact:
         """A copy with stage `name` recorded and `changes` to other fields; what later stages made of the old one goes."""
@@ -223,10 +222,48 @@ class Artifact:
         return str(url)
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a directory holds an artefact, or an exported model (`rtpurbo.export`)."""
+    if (path / CONFIG_FILE).is_file():
+        return True
+    exported = path / EXPORTED_FILE
+    try:
+        return exported.is_file() and EXPORTED_KEY in json.loads(exported.read_text())
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def check_sections(raw: Any, file: Path) -> None:
+    """ValueError when the content of a config file has another format, an unknown key or a missing or unfit value."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is damaged: expected a JSON object, got {type(raw).__name__}.")
+    version = raw.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{file} is damaged: its format_version is {version!r}. Convert again.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{file.parent} has artefact format {version}; this version of rtpurbo reads up to {FORMAT_VERSION}. "
+            "Upgrade rtpurbo."
+        )
+    _check_keys(raw, _KEYS, file)
+    for key, keys in _SECTIONS.items():
+        section = raw.get(key, {} if key == "stages" else None)
+        if section is not None or key not in ("indexer", "weights"):
+            _check_section(section, keys, key, file)
+    for name, stage in raw.get("stages", {}).items():
+        _check_section(stage, _STAGE, f"stages.{name}", file)
+
+
+def read_roles(raw: dict[str, Any]) -> tuple[HeadMap, SparseConfig]:
+    """Head map and settings out of the content of a config file; ValueError for unknown or impossible entries."""
+    config = from_dict(SparseConfig, {"min_probability": 0.0} | raw["sparse"], where="the artefact's sparse section")
+    return HeadMap.from_dict(raw["heads"]), config
+
+
 def find_artifact(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Local directory of an artefact, fetched from the hub when `source` is a repository name."""
     path = Path(source)
-    if (path / CONFIG_FILE).is_file():
+    if is_artifact(path):
         return path
     if path.exists() or len(path.parts) != 2 or str(source).startswith((".", "/", "~")) or str(source).endswith("/"):
         what = "has no rtpurbo_config.json" if path.exists() else "does not exist"
@@ -241,7 +278,7 @@ def find_artifact(source: str | os.PathLike[str], revision: str | None = None) -
             f"{str(source)!r} is neither a local artefact nor a hub repository that can be reached "
             f"({type(error).__name__}). Check the name and the network."
         ) from error
-    if not (found / CONFIG_FILE).is_file():
+    if not is_artifact(found):
         raise ValueError(f"Hub repository {str(source)!r} is not an artefact: it has no {CONFIG_FILE}.")
     return found
 

@@ -379,6 +379,33 @@ def stream(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export(OfArtifact):
+    """Write an artefact's model as one Hugging Face directory, to be served by vLLM or loaded by rtpurbo.load."""
+
+    artifact: tyro.conf.Positional[str]
+    """Directory or hub name of the artefact."""
+    served: tyro.conf.Positional[Path | None] = None
+    """Directory to write, the same as --output; default: served. Weights keep the base model's dtype with --dtype auto."""
+
+    def run(self) -> Any:
+        """Export and say how to serve it."""
+        from .export import export
+
+        if self.served is not None and self.output is not None:
+            raise ValueError(f"Expected one directory to write, got {str(self.served)!r} and --output {str(self.output)!r}.")
+        path = export(
+            self.artifact,
+            self.served or self.output or Path("served"),
+            dtype=self.dtype,
+            device=self.device,
+            base_model=self.base_model,
+            trust_remote_code=self.trust_remote_code,
+        )
+        _out(f"Exported to {path}. Next: vllm serve {path} (docs/serving.md)")
+        return {"exported": str(path), "bytes": sum(file.stat().st_size for file in path.rglob("*"))}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Common):
     """Write an artefact's report.html from its settings, metrics and eval.json."""
 
@@ -400,10 +427,13 @@ class Info(Common):
 
     artifact: tyro.conf.Positional[str]
     """Directory or hub name of the artefact."""
+    tensor_parallel_size: int = 1
+    """Processes that vLLM deals the KV heads out to; what it keeps is given for one of them."""
 
     def run(self) -> Any:
         """Print it."""
         from .checkpoint import Artifact
+        from .vllm_plugin.layout import memory_rows
 
         artifact = Artifact.load(self.artifact)
         heads, sparse = artifact.heads, artifact.config
@@ -428,6 +458,19 @@ class Info(Common):
         _out(str(heads))
         for key, value in result.items():
             _out(f"{key:34s} {value}")
+        served = memory_rows(
+            heads, sparse, head_dim=head_dim, element_bytes=element, indexed=artifact.indexer is not None,
+            ranks=self.tensor_parallel_size,
+        )  # fmt: skip
+        result["served"] = served
+        tokens = served["bytes_per_token"]
+        _out(
+            f"Served by vLLM (bfloat16, blocks of 16 tokens, one of {self.tensor_parallel_size} processes): "
+            f"{tokens['sparse']} bytes a token instead of {tokens['dense']}, and {served['local_bytes'] / 2**20:.1f} MiB a "
+            f"sequence for windows; {served['cache_groups']} cache groups"
+        )
+        for length, row in served["sequences"].items():
+            _out(f"{length:8d} tokens  dense {row['dense'] / 2**20:9.1f} MiB   sparse {row['sparse'] / 2**20:9.1f} MiB")
         if self.output:
             write_json(self.output, result)
         return result
@@ -437,11 +480,14 @@ class Info(Common):
 class Doctor(Common):
     """Say what this machine offers and check that the sparse attention computes what its reference says."""
 
+    vllm: bool = False
+    """Serve a tiny random model with the vLLM that is installed here, too, and compare it with Transformers (a minute)."""
+
     def run(self) -> Any:
         """Print versions, devices and the result of a self-test."""
         from .doctor import examine
 
-        result = examine()
+        result = examine(vllm=self.vllm)
         for key, value in result.items():
             _out(f"{key:24s} {value}")
         if self.output:
@@ -626,6 +672,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "eval": Eval,
     "generate": Generate,
+    "export": Export,
     "report": Report,
     "info": Info,
     "doctor": Doctor,

@@ -13,8 +13,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference that the self-test lets pass, for values of about one."""
 
 
-def examine() -> dict[str, Any]:
-    """Versions, devices, and whether prefill and decode agree with the reference."""
+def examine(*, vllm: bool = False) -> dict[str, Any]:
+    """Versions, devices, and whether prefill and decode agree with the reference.
+
+    Args:
+        vllm: serve a tiny model with vLLM too (`vllm_plugin.check`).
+    """
     import accelerate
     import peft
     import transformers
@@ -32,6 +36,13 @@ def examine() -> dict[str, Any]:
     errors = {str(dtype).removeprefix("torch."): self_test(device, dtype) for dtype in checked}
     backend, why = ops.backend(device.type, torch.bfloat16, 128)
     windows, why_windows = ops.window_backend(device.type, torch.bfloat16, 128)
+    passed = all(error < TOLERANCE[name] for name, error in errors.items())
+    served: dict[str, Any] = {}
+    if vllm:
+        from .vllm_plugin.check import check_vllm
+
+        served = check_vllm()
+        passed = passed and served["vllm_passed"]
     return {
         "rtpurbo": __version__,
         "python": platform.python_version(),
@@ -44,7 +55,8 @@ def examine() -> dict[str, Any]:
         "prefill_windows": f"{windows}: {why_windows}",
         EMBEDDED: embedded,
         "self_test_largest_error": ", ".join(f"{error:.2e} in {name}" for name, error in errors.items()),
-        "self_test_passed": all(error < TOLERANCE[name] for name, error in errors.items()),
+        **served,
+        "self_test_passed": passed,
     }
 
 

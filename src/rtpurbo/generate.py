@@ -55,20 +55,25 @@ def load(
     config = artifact.config.by_p(top_p).with_options(
         index_dtype=index_dtype, dense_below_tokens=dense_below_tokens, tile_probability=tile_probability
     )
-    source = base_model or artifact.base_model["name"]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load_distilled(artifact, base_model=base_model, **options)
+    with torch.no_grad():
+        attach(model.eval(), artifact.heads, config, artifact.indexer)
+    return model, tokenizer
+
+
+def load_distilled(artifact: Artifact, *, base_model: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """The artefact's weights as a dense model, a LoRA adapter merged, and its tokenizer; arguments and errors of `load`."""
     if artifact.weights_kind == "full":
         assert artifact.weights_path is not None
         check_digest(artifact.weights_path)
-        model, tokenizer = load_model(str(artifact.weights_path), **options)
-    else:
-        model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
-        check_fingerprint(model, artifact)
+        return load_model(str(artifact.weights_path), **options)
+    source = base_model or artifact.base_model["name"]
+    model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
+    check_fingerprint(model, artifact)
     if artifact.weights_kind == "lora":
         assert artifact.weights_path is not None
         model = with_adapter(model, artifact.weights_path).merge_and_unload()
-    with torch.no_grad():
-        attach(model.eval(), artifact.heads, config, artifact.indexer)
     return model, tokenizer
 
 

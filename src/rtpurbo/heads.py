@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -181,6 +182,20 @@ class HeadMap:
             for layer, row in enumerate(scores)
         )
         return cls(query_heads=query_heads, kv_heads=kv_heads, granularity=granularity, retrieval=retrieval)
+
+    def shard(self, rank: int, ranks: int) -> HeadMap:
+        """The heads of one of `ranks` tensor-parallel processes, which hold equal runs of KV heads in order.
+
+        Raises:
+            ValueError: the KV heads cannot be dealt out evenly.
+        """
+        expected = f"a divisor of the {self.kv_heads} KV heads"
+        _require(self.kv_heads % ranks == 0, "tensor parallel size", expected, ranks)
+        query, kv = self.query_heads // ranks, self.kv_heads // ranks
+        mine = range(rank * query, (rank + 1) * query)
+        rows = [None if row is None else tuple(h - mine.start for h in row if h in mine) for row in self.retrieval]
+        windows = self.windows and tuple(row and row[rank * kv : (rank + 1) * kv] for row in self.windows)
+        return dataclasses.replace(self, query_heads=query, kv_heads=kv, retrieval=tuple(rows), windows=windows)
 
     def overlap(self, other: HeadMap) -> float:
         """Share of this map's retrieval heads that `other` chose too."""

@@ -113,6 +113,17 @@ def attention_geometry(name: str, *, trust_remote_code: bool = False) -> tuple[i
     return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
 
 
+def own_dtype(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str:
+    """ "float32", "bfloat16" or "float16": what a model's config says its weights are in, bfloat16 where it says nothing.
+
+    Raises:
+        ValueError: as `attention_geometry`.
+    """
+    config = _read_config(name, revision, trust_remote_code)[0].get_text_config(decoder=True)
+    found = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return found if found in ("float32", "float16") else "bfloat16"
+
+
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str, dict[str, Any]]:
     """A supported model's config, what Transformers calls the model, and options to read it; else ValueError."""
     from transformers import AutoConfig

@@ -81,12 +81,22 @@ def _index_values(b_ik):
     return b_ik.to(tl.float32)
 
 
+@triton.jit
+def _slot_offset(o_k, p_table, first_slot, s_page, s_n, PAGE: tl.constexpr):
+    """Offset of slots in one head's keys: contiguous from `first_slot` on, or in the pages of a block table."""
+    if PAGE:
+        page = tl.load(p_table + o_k // PAGE).to(tl.int64)
+        return page * s_page + (o_k % PAGE).to(tl.int64) * s_n
+    return (o_k - first_slot).to(tl.int64) * s_n
+
+
 @triton.jit(do_not_specialize=["slots", "splits"])
 def _score(
-    p_iq, p_ik, p_real, p_lengths, p_bins, p_counts, p_tops, p_mass, p_arrived, p_least,
-    units, slots, width, span, splits, top_p, min_probability, s_kb, s_ku, s_kn,
+    p_iq, p_ik, p_real, p_lengths, p_table, p_bins, p_counts, p_tops, p_mass, p_arrived, p_least,
+    units, slots, width, span, splits, table_width, top_p, min_probability, s_kb, s_ku, s_kn, s_page,
     d: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     PADDED: tl.constexpr, RAGGED: tl.constexpr, LOWEST: tl.constexpr, OVERLAP: tl.constexpr, SEARCH: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """Grid scores of `span` tokens of one unit, their softmax's sum and, for top-p, their histogram; the last one to finish
     finds the unit's threshold."""
@@ -110,7 +120,11 @@ def _score(
         m_ik = m_k[:, None]
         if d < D:
             m_ik = m_ik & (o_d < d)[None, :]
-        b_ik = _index_values(tl.load(p_keys + o_k[:, None].to(tl.int64) * s_kn + o_d, mask=m_ik, other=0.0))
+        if PAGE:
+            o_n = _slot_offset(tl.where(m_k, o_k, begin), p_table + batch * table_width, 0, s_page, s_kn, PAGE)
+        else:
+            o_n = o_k.to(tl.int64) * s_kn
+        b_ik = _index_values(tl.load(p_keys + o_n[:, None] + o_d, mask=m_ik, other=0.0))
         scores = tl.sum(b_ik * b_iq[None, :], 1)
         bins = tl.minimum(tl.maximum(tl.floor(scores / STEP), LOWEST + 1.0), -(LOWEST + 1.0)).to(tl.int32)
         m_seen = m_k
@@ -170,15 +184,6 @@ def _score(
                 nats = tl.log(min_probability * tl.maximum(total, 1e-20))  # above the best step
                 least = tl.maximum(least, best + tl.ceil(nats / STEP).to(tl.int32))
             tl.store(p_least + row, tl.minimum(least, best - 1))
-
-
-@triton.jit
-def _slot_offset(o_k, p_table, first_slot, s_page, s_n, PAGE: tl.constexpr):
-    """Offset of slots in one head's keys: contiguous from `first_slot` on, or in the pages of a block table."""
-    if PAGE:
-        page = tl.load(p_table + o_k // PAGE).to(tl.int64)
-        return page * s_page + (o_k % PAGE).to(tl.int64) * s_n
-    return (o_k - first_slot).to(tl.int64) * s_n
 
 
 @triton.jit
@@ -443,10 +448,13 @@ def thresholds(
 
 
 def _launch_score(
-    index_q: Tensor, index_k: Tensor, top_p: float, min_probability: float, real: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    index_q: Tensor, index_k: Tensor, top_p: float, min_probability: float, real: Tensor | None, lengths: Tensor | None,
+    table: Tensor | None = None, slots: int = 0,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """(grid scores in whole tiles, thresholds, what the launch works on: to be kept until no other one runs beside it)."""
-    batch, units, slots, dim = index_k.shape
+    batch, units, dim = index_q.shape
+    strides = (*index_k.stride()[:3], 0) if table is None else (0, index_k.stride(2), index_k.stride(1), index_k.stride(0))
+    page, slots = (0, index_k.shape[2]) if table is None else (index_k.shape[1], slots)
     device = index_q.device
     if index_k.dtype == torch.float8_e4m3fn and not _reads_float8(device):
         index_k = index_k.view(torch.uint8)
@@ -462,12 +470,12 @@ def _launch_score(
     index_q, flags = index_q.contiguous(), _flags(real, slots, least)
     with _on(index_q):
         _score[(splits, batch * units)](
-            index_q, index_k, flags, least if lengths is None else lengths, bins, counts,
+            index_q, index_k, flags, least if lengths is None else lengths, least if table is None else table, bins, counts,
             tops, mass, _counters(device, batch * units * (PARTS + 1), "score"), least, units, slots, width, span, splits,
-            top_p, min_probability, *index_k.stride()[:3],
+            0 if table is None else table.shape[1], top_p, min_probability, *strides,
             d=dim, D=triton.next_power_of_2(dim), TILE=SCORE_TILE, PARTS=PARTS, STEP=STEP_NATS, STEPS=GRID_STEPS,
             PADDED=real is not None, RAGGED=lengths is not None, LOWEST=UNSEEN, OVERLAP=_overlaps(device), SEARCH=search,
-            num_warps=8,
+            PAGE=page, num_warps=8,
         )  # fmt: skip
     return bins, least, (index_q, flags, counts, tops, mass)
 
@@ -494,6 +502,7 @@ def decode_attention(
     min_probability: float = 0.0,
     lengths: Tensor | None = None,
     block_tables: tuple[Tensor, Tensor] | None = None,
+    index_table: Tensor | None = None,
 ) -> Tensor:
     """`decode.decode_attention`, same arguments and meaning, and for serving:
 
@@ -502,6 +511,7 @@ def decode_attention(
             keys must be in pages.
         block_tables: for full and for local rows, [B, pages] int32; keys and values are then [pages, page, rows, D] and
             sinks lie in their pages (`sink` is not read). Pages of local rows outside window and sinks are never read.
+        index_table: [B, pages] int32; index keys are then [pages, page, U, d].
     """
     batch, rows, group, dim = q.shape
     device = q.device
@@ -548,7 +558,7 @@ def decode_attention(
     if select:  # nothing may be launched, or given the memory of `held`, between this launch and the next: they overlap
         assert index_q is not None
         assert index_k is not None
-        bins, least, held = _launch_score(index_q, index_k, top_p, min_probability, real, lengths)
+        bins, least, held = _launch_score(index_q, index_k, top_p, min_probability, real, lengths, index_table, slots)
     with _on(q):
         _attend[(rows * near + full_rows * far, batch)](
             q, full_k, full_v, local_k, local_v, sink_k, sink_v, sinks, bins, least,
