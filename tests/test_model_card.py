@@ -205,7 +205,7 @@ def test_card_says_what_it_is():
         "head map: 25.0% of the query heads retrieve, 50.0% of the KV heads keep their whole cache",
         "index: selects far tokens with p = 0.85",
         "distilled weights: none yet",
-        "**Calibration**: granularity = group",
+        "**Calibration**: granularity = auto",
         "Distillation has not been run: `rtpurbo distill` adds it.",
     ):
         assert part in card, part
