@@ -181,6 +181,17 @@ def test_a_finished_run_is_not_repeated(tmp_path):
     assert_same_end(got, want)
 
 
+def test_a_kill_between_the_last_state_and_its_metrics_loses_none(tmp_path):
+    _, history, _ = run(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text()
+    for before in ("".join(whole.splitlines(keepends=True)[:8]), None):
+        metrics.unlink() if before is None else metrics.write_text(before)
+        _, again, seen = run(tmp_path)
+        assert (again, seen) == (history, [])
+        assert metrics.read_text() == whole
+
+
 def test_a_last_state_is_saved_between_intervals(tmp_path):
     import dataclasses
 

@@ -78,6 +78,8 @@ def train(
         work.mkdir(parents=True, exist_ok=True)
         history = _resume(work, module, optimizer, settings)
         start = saved = len(history)
+        if history and accelerator.is_main_process:  # it may have been killed between the state and its metrics
+            _write_metrics(work, history)
     for step in track(range(start, config.steps), total=config.steps, what=what, done=start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -170,13 +172,16 @@ def _save(work: Path, module, optimizer, settings: str, history: list[dict[str, 
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = _gathered(value)
     if accelerator.is_main_process:
-        rows = [json.dumps(row) for row in history]
-        header = {"settings": settings, "metrics": f"[{','.join(rows)}]"}
+        header = {"settings": settings, "metrics": json.dumps(history)}
         with atomic_path(work / STATE_FILE) as path:
             path.write_bytes(save({name: t.contiguous().clone() for name, t in tensors.items()}, metadata=header))
-        with atomic_path(work / METRICS_FILE) as path:
-            path.write_text("".join(row + "\n" for row in rows))
+        _write_metrics(work, history)
     accelerator.wait_for_everyone()
+
+
+def _write_metrics(work: Path, history: list[dict[str, float]]) -> None:
+    with atomic_path(work / METRICS_FILE) as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in history))
 
 
 @torch.no_grad()
