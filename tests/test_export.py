@@ -71,6 +71,7 @@ def test_its_files(tmp_path):
     served = export(source, tmp_path / "served")
     names = {file.name for file in served.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert len({file.stat().st_mode for file in served.iterdir()}) == 1  # whoever may read one may read all
     config = json.loads((served / "config.json").read_text())
     assert config["architectures"] == ["RTPurboLlamaForCausalLM"]
     block = config["rtpurbo"]

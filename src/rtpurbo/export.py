@@ -78,6 +78,9 @@ def write(path: Path, model: Any, tokenizer: Any | None, artifact: Artifact) -> 
     config.pop("quantization_config", None)  # of a GGUF file, whose weights are whole numbers no more
     config["architectures"] = [f"{ARCHITECTURE}{name}" for name in config["architectures"]]
     write_json(path / EXPORTED_FILE, {**config, EXPORTED_KEY: block})
+    readable = (path / EXPORTED_FILE).stat().st_mode
+    for file in path.glob("*.safetensors"):  # safetensors writes for its owner alone; who serves may be another user
+        file.chmod(readable)
 
 
 def _add_to_index(path: Path, file: str, tensors: list[str]) -> None:
