@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,12 @@ def average_interval(pairs: list[tuple[list[float], list[float]]], *, seed: int 
     return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
 
 
-def ruler(found: Found) -> str:
-    """RULER, dense and sparse, a table for every length."""
+def ruler(found: Found, *, beyond_chance: bool = False) -> str:
+    """RULER, dense and sparse, a table for every length.
+
+    Args:
+        beyond_chance: of the tasks show only those whose interval excludes 0.
+    """
     parts = []
     for length, tasks in ruler_cells(found).items():
         rows, pairs = [], []
@@ -108,6 +111,7 @@ def ruler(found: Found) -> str:
             dense, sparse = (mean(at[method]["scores"]) if method in at else None for method in ("dense", "sparse"))
             row = [task, str(len(shown[0]["scores"])), f"{shown[0]['prompt_tokens']['mean']:.0f}"]
             row += [show(dense, ".1%"), show(sparse, ".1%")]
+            telling = False
             if len(shown) == 2:
                 pairs.append((at["dense"]["scores"], at["sparse"]["scores"]))
                 pair = paired(*pairs[-1])
@@ -115,9 +119,11 @@ def ruler(found: Found) -> str:
                 if recovery is not None and recovery < NEEDED and pair["difference_95"][1] < 0:
                     row[0] = f"**{task}**"
                 row += [show(recovery, ".3f"), interval(pair)]
+                telling = pair["difference_95"][0] > 0 or pair["difference_95"][1] < 0
             else:
                 row += ["–", "–"]
-            rows.append(row)
+            if telling or not beyond_chance:
+                rows.append(row)
         if pairs:
             dense, sparse = (mean([mean(pair[i]) for pair in pairs]) for i in (0, 1))
             row = [f"average of {len(pairs)}", str(sum(len(a) for a, _ in pairs)), "", f"{dense:.1%}", f"{sparse:.1%}"]
@@ -132,16 +138,10 @@ def ruler(found: Found) -> str:
 
 def summary() -> str:
     """RULER's averages of the first model, and the tasks that lose or win more than chance would."""
-
-    def beyond_chance(line: str) -> bool:
-        ends = [float(x) for x in re.findall(r"([+-][\d.]+)%", line.split("|")[-2])]
-        return len(ends) == 2 and ends[0] * ends[1] > 0
-
     name = next(iter(MODELS))
-    found = load(name) or {"cells": {}}
-    always = ("| RULER", "|---", "| average of")
-    lines = [line for line in ruler(found).splitlines() if line.startswith(always) or beyond_chance(line)]
-    return "\n".join(line.replace("| RULER", f"| {MODELS[name]}: RULER") for line in lines) or MISSING
+    found = load(name)
+    text = ruler(found, beyond_chance=True) if found else ""
+    return text.replace("| RULER", f"| {MODELS[name]}: RULER") or MISSING
 
 
 def prose(found: Found) -> str | None:

@@ -113,18 +113,18 @@ def training_batch(
     for number, text in enumerate(texts, start=first):
         text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}")).clone()
         cuts = random.Random(f"{config.seed}:pieces:{number}")
-        begin, places, its = 0, set[int](), set[int]()
+        begin, places, joiners = 0, set[int](), set[int]()
         for i, piece in enumerate(pieces(text, shortest_tokens=shortest_piece(shortest_tokens), rng=cuts)):
             seed = f"{config.seed}:{number}:{i}"
             mixed, asked = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
             text[begin : begin + len(piece)] = mixed
             places.update(begin + t for t in asked)
             for t, later in pairwise([*asked, len(text)] if asked else []):  # how a list goes on, and how it ends, is the
-                its.update(begin + k for k in range(t + 1, later if later - t <= LONGEST_JOINER else t + 2))  # teacher's
+                joiners.update(begin + k for k in range(t + 1, later if later - t <= LONGEST_JOINER else t + 2))  # teacher's
             begin += len(piece)
         rows.append(text)
         answers.append(places)
-        between.append(its - places)
+        between.append(joiners - places)
     length = len(rows[0])
     body = set(random.Random(f"{config.seed}:labels:{step}").sample(range(length - 1), min(config.labels, length - 1)))
     labels = sorted(body.union(*answers, *between))

@@ -28,6 +28,7 @@ from .checkpoint import (
     write_json,
 )
 from .config import (
+    LARGEST_WHOLE_GROUP,
     LONGEST_TOKENS,
     CalibrateConfig,
     DistillConfig,
@@ -366,7 +367,8 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
     sparse, default = config.sparse(context=context), ConvertConfig()
     c, i, d = config.calibrate, config.indexer, config.distill
     _, query_heads, kv_heads, _ = head_counts(model)
-    unit, size = c.chosen_unit(query_heads // kv_heads), query_heads // kv_heads
+    size = query_heads // kv_heads
+    unit = c.chosen_unit(size)
     what, each = ("KV groups", kv_heads) if unit == "group" else ("query heads", query_heads)
     units = len(attention_layers(model)) * each
     kept = f"{c.retrieval_ratio:.0%} of {units} {what}, over the whole model"
@@ -392,7 +394,9 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
         "window_tokens": (sparse.window_tokens, window if config.window_tokens is None else "asked for"),
         "granularity": (
             unit,
-            f"{size} query heads share a KV head: single heads above 4" if c.granularity == "auto" else "asked for",
+            f"{size} query heads share a KV head: single heads above {LARGEST_WHOLE_GROUP}"
+            if c.granularity == "auto"
+            else "asked for",
         ),
         "retrieval_ratio": plain(c, default.calibrate, "retrieval_ratio", "the paper's share of heads"),
         "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
@@ -472,10 +476,10 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     of_gpu = torch.cuda.get_device_properties(model.device).total_memory if gpu else 0
     needed = {name: sum(terms.values()) for name, terms in memory(shape, config, gpu_bytes=of_gpu).items()}
     trained = parameters if d.weights == "full" else shape.lora_parameters(d.lora_rank)
-    single = c.chosen_unit(query_heads // kv_heads) == "head"
-    units = c.retrieval_ratio * layers * (query_heads if single else kv_heads)
-    per_unit = sparse.index_dim * head_dim * (1 + (1 if single else query_heads // kv_heads))
-    disk = 4 * units * per_unit + 2 * trained * bool(d.steps)
+    size = query_heads // kv_heads
+    each, per_query = (query_heads, 1) if c.chosen_unit(size) == "head" else (kv_heads, size)
+    per_unit = sparse.index_dim * head_dim * (1 + per_query)
+    disk = 4 * c.retrieval_ratio * layers * each * per_unit + 2 * trained * bool(d.steps)
     return {
         "seconds": {**{k: round(v) for k, v in seconds.items()}, "total": round(sum(seconds.values()))},
         "memory_gib": {name: round(gib, 2) for name, gib in (needed | {"largest": max(needed.values())}).items()},
