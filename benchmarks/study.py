@@ -166,8 +166,8 @@ def convert(study: Study) -> dict[str, Any]:
     if artifact is None:
         with timed("calibrate"):
             settings = CalibrateConfig(
-                granularity=args.granularity, lengths_tokens=tuple(args.lengths), documents=args.calibrate_documents,
-                check_samples=args.check_samples,
+                granularity=args.granularity, retrieval_ratio=args.retrieval_ratio, lengths_tokens=tuple(args.lengths),
+                documents=args.calibrate_documents, check_samples=args.check_samples,
             )  # fmt: skip
             found = rtpurbo.calibrate(model, tokenizer, args.train, settings, study.sparse(), model_name=args.model_name)
             artifact = save_stage(out, "calibrate", found, args.train)
@@ -182,7 +182,7 @@ def convert(study: Study) -> dict[str, Any]:
     if args.distill_steps and "distill" not in artifact.stages:
         with timed("distill"):
             settings = DistillConfig(
-                steps=args.distill_steps, learning_rate=args.learning_rate, batch_size=args.batch_size,
+                weights=args.weights, steps=args.distill_steps, learning_rate=args.learning_rate, batch_size=args.batch_size,
                 length_tokens=args.distill_length or longest, labels=args.labels,
                 gradient_checkpointing=not args.keep_activations,
             )  # fmt: skip
@@ -532,6 +532,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--min-probability", type=float, default=1e-4)
     parser.add_argument("--granularity", default="auto")
+    parser.add_argument("--retrieval-ratio", type=float, default=0.15)
     parser.add_argument("--calibrate-documents", type=int, default=24)
     parser.add_argument("--check-samples", type=int, default=40)
     parser.add_argument("--index-steps", type=int, default=600)
@@ -539,6 +540,7 @@ def main() -> None:
     parser.add_argument("--capture-gib", type=float, default=24.0)
     parser.add_argument("--distill-steps", type=int, default=600)
     parser.add_argument("--distill-length", type=int, default=0, help="0: the longest of --lengths")
+    parser.add_argument("--weights", default="lora", choices=("lora", "full"))
     parser.add_argument("--labels", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the distillation")
     parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from rtpurbo import calibration
+from rtpurbo import calibration, data
 from rtpurbo.attach import attached, recording
 from rtpurbo.calibration import (
     DocumentScore,
@@ -20,7 +20,7 @@ from rtpurbo.calibration import (
 )
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, SparseConfig, default_lengths
-from rtpurbo.data import documents
+from rtpurbo.data import documents, question_document
 from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
 from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
@@ -157,6 +157,33 @@ def test_effects_have_the_sign_of_what_is_lost(model, tokenizer, source):
     effect = score.tables["effect"]
     assert effect[RETRIEVAL_HEAD] > 1.0
     assert effect[RETRIEVAL_HEAD] > 10 * effect.flatten().sort().values[-2]
+
+
+def test_half_of_the_questions_come_after_an_answered_example(model, tokenizer, source, monkeypatch):
+    """What counts is the answer at the end, not that of the example, which ends the first part."""
+    asked, counted = [], []
+
+    def ask(*args, example, **wording):
+        made = question_document(*args, example=example, **wording)
+        asked.append((example, *made))
+        return made
+
+    def effects(model, tokens, targets, *rest, **settings):
+        counted.append(targets)
+
+    monkeypatch.setattr(data, "SHORTEST_TOKENS", 128)
+    monkeypatch.setattr(calibration, "question_document", ask)
+    monkeypatch.setattr(calibration, "_effects", effects)
+    texts = documents([source], tokenizer, length_tokens=512, count=2, seed=0)
+    for seed in range(16):
+        score_document(model, tokenizer, *texts, SPARSE, dataclasses.replace(CONFIG, seed=seed), index=1)
+    for (example, tokens, first, last), targets in zip(asked, counted, strict=True):
+        assert bool(first) == example
+        assert len(tokens) == 512
+        assert max(first, default=0) < 128
+        assert set(targets.tolist()) <= set(last)
+        assert min(last) > 480
+    assert 4 <= sum(example for example, *_ in asked) <= 12
 
 
 # Attention

@@ -397,14 +397,12 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
             haystack[:length], byte_tokenizer, kind=kind, depth=0.5, seed="s", example=example, **wording
         )
 
-    tokens, positions = ask(6000, True)
+    tokens, earlier, later = ask(6000, True)
     assert len(tokens) == 6000
-    assert positions == sorted(set(positions))
+    assert earlier == sorted(set(earlier))
     alone = retrieval_sample(haystack[512:], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
     assert torch.equal(tokens[512:], alone.tokens)
-    later = [t for t in positions if t >= 512]
     assert later == [512 + t for t in alone.label_positions]
-    earlier = [t for t in positions if t < 512]
     assert max(earlier) == 512 - 2 - 2  # then the line ends twice
     example = byte_tokenizer.decode(tokens[[t + 1 for t in earlier]])
     text = byte_tokenizer.decode(tokens)
@@ -414,7 +412,8 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
     without = [ask(6000, False), ask(2047, True)]  # not asked for; a short document
     monkeypatch.setattr(data, "SHORTEST_TOKENS", 100)
     without.append(ask(6000, True))  # 98 tokens hold no question
-    for plain_tokens, answers in without:
+    for plain_tokens, none, answers in without:
+        assert none == []
         plain = retrieval_sample(haystack[: len(plain_tokens)], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
         assert torch.equal(plain_tokens, plain.tokens)
         assert answers == plain.label_positions

@@ -1,7 +1,8 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
 1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
-   facts with a question (for one, for several, among many, along a chain), ordinary text.
+   facts with a question (for one, for several, among many, along a chain; half of them after an answered example of the
+   same wording, which tempts to copy its answer), ordinary text.
 2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
 3. Effect of a head, one per kind and kind of question: what the model's answers lose when the head turns local, to first
    order. Every head's output gets a gate between what it is and what it would be; the gradient of the objective is the
@@ -35,7 +36,7 @@ from .attach import attached, borrowed, checkpoint_activations, gives_back, reco
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
-from .data import KNOWN_TOKENS, TRAINING_CHAINS, TRAINING_TEMPLATES, documents, repeated_span, retrieval_sample
+from .data import KNOWN_TOKENS, TRAINING_CHAINS, TRAINING_TEMPLATES, documents, question_document, repeated_span
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
 from .heads import HeadMap
@@ -50,6 +51,8 @@ ROUNDS = 4
 KINDS = ("span", "question", "text")
 QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
 """Kinds of question, in turn."""
+EXAMPLES = 0.5
+"""Share of the questions before which one of the same wording is answered."""
 TEXT_POSITIONS = 512
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
@@ -230,11 +233,11 @@ def score_document(
     elif kind == "question":
         kind = QUESTIONS[turn % len(QUESTIONS)]
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
-        sample = retrieval_sample(
-            document, tokenizer, kind=kind, depth=depth, seed=str(rng.random()),
+        tokens, _, last = question_document(
+            document, tokenizer, kind=kind, depth=depth, seed=str(rng.random()), example=rng.random() < EXAMPLES,
             template=TRAINING_TEMPLATES[turn % len(TRAINING_TEMPLATES)], chain=TRAINING_CHAINS[turn % len(TRAINING_CHAINS)],
         )  # fmt: skip
-        tokens, targets = sample.tokens, torch.tensor(sample.label_positions)
+        targets = torch.tensor(last)
     else:
         low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
         count = min(TEXT_POSITIONS, length - 1 - low)
@@ -289,7 +292,7 @@ def _effects(
     modules = attention_layers(model)
     gates = {layer: torch.zeros(table.shape[1], device=model.device, requires_grad=True) for layer in modules}
     every = torch.arange(table.shape[1])
-    full = {i: torch.isin(every, torch.tensor(every if heads is None else heads.retrieval_heads(i))) for i in modules}
+    full = {i: torch.isin(every, every if heads is None else torch.tensor(heads.retrieval_heads(i))) for i in modules}
     other: dict[int, Tensor] = {}
     seen_once: set[int] = set()
 

@@ -594,7 +594,7 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
         return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
-    return question_document(
+    tokens, first, last = question_document(
         document,
         tokenizer,
         kind=kind,
@@ -604,6 +604,7 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
         chain=rng.choice(TRAINING_CHAINS),
         example=rng.random() < EXAMPLES,
     )
+    return tokens, first + last
 
 
 def question_document(
@@ -616,20 +617,21 @@ def question_document(
     template: Template,
     chain: ChainTemplate,
     example: bool,
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, list[int], list[int]]:
     """A document that ends with a question, and, where an `example` is asked for and fits, begins with one of the same
     wording, answered: whoever only looks for the question's words finds the wrong answer.
 
     Returns:
-        tokens [length], and the positions whose next token is part of an answer, those of the example first.
+        tokens [length], and the positions whose next token is part of the example's answer (none without one), and of
+        the question's.
     """
     ask = partial(retrieval_sample, tokenizer=tokenizer, kind=kind, template=template, chain=chain)
-    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids)
+    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
     if example and len(document) >= 4 * SHORTEST_TOKENS:
         with suppress(ValueError):  # it does not fit, where a tokenizer takes many tokens for these words
             first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
             sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
             tokens = torch.cat([first.tokens, gap, sample.tokens])
-            return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]
+            return tokens, first.label_positions, [SHORTEST_TOKENS + t for t in sample.label_positions]
     sample = ask(document, depth=depth, seed=seed)
-    return sample.tokens, sample.label_positions
+    return sample.tokens, [], sample.label_positions
