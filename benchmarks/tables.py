@@ -11,9 +11,12 @@ from typing import Any
 import study_tables
 from study_tables import INK
 
+from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
+from rtpurbo.heads import HeadMap
 from rtpurbo.memory import RESERVED_GIB, Shape, longest_documents, memory, with_length
 from rtpurbo.pipeline import ConvertConfig
+from rtpurbo.vllm_plugin.layout import memory_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -307,6 +310,48 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def spread(layers: int, query_heads: int, kv_heads: int, granularity: str, ratio: float = 0.15) -> HeadMap:
+    """A share of the units as retrieval heads, as evenly over the layers as it goes."""
+    size = query_heads // kv_heads if granularity == "group" else 1
+    per_layer = query_heads // size
+    count = round(ratio * layers * per_layer)
+    chosen = {int((i + 0.5) * layers * per_layer / count) for i in range(count)}
+    rows = [[u for u in range(per_layer) if layer * per_layer + u in chosen] for layer in range(layers)]
+    retrieval = tuple(tuple(h for u in row for h in range(u * size, (u + 1) * size)) for row in rows)
+    return HeadMap(query_heads=query_heads, kv_heads=kv_heads, granularity=granularity, retrieval=retrieval)
+
+
+SERVED: dict[str, tuple[int, int, int, int, int]] = {
+    "Llama-3.1-8B": (32, 32, 8, 128, 8192),
+    "Qwen3-8B": (36, 32, 8, 128, 5120),
+    "Qwen3-30B-A3B": (48, 32, 4, 128, 5120),
+}
+"""Layers, query heads, KV heads, head dimension and window of the models in `serving_memory`."""
+
+
+def serving_memory() -> str:
+    """KV cache in vLLM: computed, nothing was run."""
+    shipped = Artifact.load(ROOT / "artefacts" / "smollm2-135m-8k")
+    rows = [("SmolLM2-135M, the shipped artefact", shipped.heads, shipped.config, shipped.base_model["head_dim"])]
+    for name, (layers, query_heads, kv_heads, head_dim, window) in SERVED.items():
+        for granularity in ("group", "head"):
+            heads = spread(layers, query_heads, kv_heads, granularity)
+            rows.append((name, heads, SparseConfig(window_tokens=window), head_dim))
+    lines = [
+        "| model | mode | bytes per token, dense | sparse | windows, once a sequence | 32768 tokens, dense | sparse "
+        "| 131072 tokens, dense | sparse |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, heads, config, head_dim in rows:
+        found = memory_rows(heads, config, head_dim=head_dim, element_bytes=2, indexed=True)
+        cells = [name, {"group": "whole groups", "head": "single heads"}[heads.granularity]]
+        cells += [str(found["bytes_per_token"][kind]) for kind in ("dense", "sparse")]
+        cells.append(f"{found['local_bytes'] / 1e9:.2f} GB")
+        cells += [f"{found['sequences'][n][kind] / 1e9:.2f} GB" for n in (32768, 131072) for kind in ("dense", "sparse")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 COLOURS = {"heads": "#3b8ed0", "groups": "#e0702a", "paper": "#2ca58d"}
 
 
@@ -358,9 +403,18 @@ def speed_svg(found: dict[str, Any] | None = None) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-TABLES = {"smollm2": smollm2, "speedups": speedups, "end_to_end": end_to_end, "layer": layer, "memory": memory_table}
+TABLES = {
+    "smollm2": smollm2, "speedups": speedups, "end_to_end": end_to_end, "layer": layer, "memory": memory_table,
+    "serving_memory": serving_memory,
+}  # fmt: skip
 TABLES |= study_tables.TABLES
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md", study_tables.PAGE)
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "speed.md",
+    ROOT / "docs" / "memory.md",
+    ROOT / "docs" / "serving.md",
+    study_tables.PAGE,
+)
 
 
 def updated(text: str) -> str:

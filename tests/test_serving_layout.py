@@ -1,18 +1,14 @@
 """How heads are dealt out to blocks and processes, and what is refused; without vLLM."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 from rtpurbo.vllm_plugin import check, limits
 from rtpurbo.vllm_plugin.layout import memory_rows, page_layout
-
-ROOT = Path(__file__).parent.parent
 
 CONFIG = SparseConfig(window_tokens=100, sink_tokens=4, index_dim=16, top_p=0.9, min_probability=0.0)
 
@@ -199,51 +195,6 @@ def test_prefix_caching_is_refused_where_it_would_be_wrong():
     with pytest.raises(ValueError, match=r"start vLLM with --no-enable-prefix-caching"):
         limits.check(settings(), head_map((0,)), CONFIG, "SlidingWindowManager has no x")
     limits.check(settings(enable_prefix_caching=False), head_map((0,)), CONFIG, "SlidingWindowManager has no x")
-
-
-def spread(layers: int, query_heads: int, kv_heads: int, granularity: str, ratio: float = 0.15) -> HeadMap:
-    """A share of the units as retrieval heads, as evenly over the layers as it goes."""
-    size = query_heads // kv_heads if granularity == "group" else 1
-    per_layer = query_heads // size
-    count = round(ratio * layers * per_layer)
-    chosen = {int((i + 0.5) * layers * per_layer / count) for i in range(count)}
-    rows = [[u for u in range(per_layer) if layer * per_layer + u in chosen] for layer in range(layers)]
-    retrieval = tuple(tuple(h for u in row for h in range(u * size, (u + 1) * size)) for row in rows)
-    return HeadMap(query_heads=query_heads, kv_heads=kv_heads, granularity=granularity, retrieval=retrieval)
-
-
-MODELS = {  # layers, query heads, KV heads, head dimension, window
-    "Llama-3.1-8B": (32, 32, 8, 128, 8192),
-    "Qwen3-8B": (36, 32, 8, 128, 5120),
-    "Qwen3-30B-A3B": (48, 32, 4, 128, 5120),
-}
-
-
-def memory_table() -> str:
-    """The table of docs/serving.md."""
-    shipped = Artifact.load(ROOT / "artefacts" / "smollm2-135m-8k")
-    rows = [("SmolLM2-135M, the shipped artefact", shipped.heads, shipped.config, shipped.base_model["head_dim"])]
-    for name, (layers, query_heads, kv_heads, head_dim, window) in MODELS.items():
-        for mode in ("group", "head"):
-            heads = spread(layers, query_heads, kv_heads, mode)
-            rows.append((name, heads, SparseConfig(window_tokens=window), head_dim))
-    lines = [
-        "| model | mode | bytes per token, dense | sparse | windows, once a sequence | 32768 tokens, dense | sparse "
-        "| 131072 tokens, dense | sparse |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, heads, config, head_dim in rows:
-        found = memory_rows(heads, config, head_dim=head_dim, element_bytes=2, indexed=True)
-        cells = [name, {"group": "whole groups", "head": "single heads"}[heads.granularity]]
-        cells += [str(found["bytes_per_token"][kind]) for kind in ("dense", "sparse")]
-        cells.append(f"{found['local_bytes'] / 1e9:.2f} GB")
-        cells += [f"{found['sequences'][n][kind] / 1e9:.2f} GB" for n in (32768, 131072) for kind in ("dense", "sparse")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_the_page_is_what_the_layout_gives():
-    assert f"<!-- table -->\n{memory_table()}\n<!-- end -->" in (ROOT / "docs" / "serving.md").read_text()
 
 
 def test_dense_and_sparse_memory_of_a_sequence():
