@@ -25,11 +25,17 @@ MISSING = "Not measured yet."
 MODELS = {
     "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads",
     "study_qwen25_coder_05b_examples": "Qwen2.5-Coder-0.5B, single heads, answered examples in stage 2",
+    "study_qwen25_coder_05b_calibrated_with_examples": "Qwen2.5-Coder-0.5B, single heads, calibrated with answered examples",
+    "study_qwen25_coder_05b_calibrated_with_examples_20": "The same with 20 % of the heads",
     "study_qwen25_coder_05b_groups": "Qwen2.5-Coder-0.5B, KV groups, first recipe",
     "study_qwen25_coder_05b_groups_stage1": "Qwen2.5-Coder-0.5B, KV groups, first recipe, index only",
     "study_smollm2": "SmolLM2-135M",
 }
 """File in benchmarks/results -> name of the model."""
+PLOTTED = (
+    "study_qwen25_coder_05b", "study_qwen25_coder_05b_groups", "study_qwen25_coder_05b_groups_stage1", "study_smollm2",
+)  # fmt: skip
+"""Files with a panel in the figure."""
 METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
 NEEDED = 0.95
 """Recovery below which a task is marked, when its interval excludes 0."""
@@ -370,7 +376,7 @@ def points(found: Found | None) -> dict[str, tuple[float, float]]:
 
 def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
     """RULER average against bytes read, a panel for each model: `found`, by default the files; None without two points."""
-    found = {MODELS[name]: load(name) for name in MODELS} if found is None else found
+    found = {MODELS[name]: load(name) for name in PLOTTED} if found is None else found
     panels = {name: at for name, some in found.items() if len(at := points(some)) > 1}
     if not panels:
         return None
