@@ -30,6 +30,7 @@ from rtpurbo.data import (
     read_source,
     repeated_span,
     retrieval_sample,
+    several_questions,
 )
 from tiny_text import FILLERS, prose, text_source, word_tokenizer
 
@@ -397,12 +398,14 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
             haystack[:length], byte_tokenizer, kind=kind, depth=0.5, seed="s", example=example, **wording
         )
 
-    tokens, earlier, later = ask(6000, True)
+    tokens, positions = ask(6000, True)
     assert len(tokens) == 6000
-    assert earlier == sorted(set(earlier))
+    assert positions == sorted(set(positions))
     alone = retrieval_sample(haystack[512:], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
     assert torch.equal(tokens[512:], alone.tokens)
+    later = [t for t in positions if t >= 512]
     assert later == [512 + t for t in alone.label_positions]
+    earlier = [t for t in positions if t < 512]
     assert max(earlier) == 512 - 2 - 2  # then the line ends twice
     example = byte_tokenizer.decode(tokens[[t + 1 for t in earlier]])
     text = byte_tokenizer.decode(tokens)
@@ -412,8 +415,7 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
     without = [ask(6000, False), ask(2047, True)]  # not asked for; a short document
     monkeypatch.setattr(data, "SHORTEST_TOKENS", 100)
     without.append(ask(6000, True))  # 98 tokens hold no question
-    for plain_tokens, none, answers in without:
-        assert none == []
+    for plain_tokens, answers in without:
         plain = retrieval_sample(haystack[: len(plain_tokens)], byte_tokenizer, kind=kind, depth=0.5, seed="s", **wording)
         assert torch.equal(plain_tokens, plain.tokens)
         assert answers == plain.label_positions
@@ -487,6 +489,41 @@ def test_another_tokenizer(byte_tokenizer):
             answer = byte_tokenizer.decode(sample.tokens[start:stop])
             assert re.fullmatch(r" \d{7}", answer)
             assert text.count(f"is:{answer}.") == 1
+
+
+@pytest.mark.parametrize("kind", ["single", "many_keys", "many_values", "many_queries", "chain"])
+def test_several_questions(byte_tokenizer, kind, monkeypatch):
+    """All facts come before all questions, whose answers are among the facts; as many questions as fit."""
+    monkeypatch.setattr(data, "TRAINING_TEMPLATES", [EVALUATION_TEMPLATE])
+    monkeypatch.setattr(data, "TRAINING_CHAINS", [EVALUATION_CHAIN])
+    fact, question = "One of the special magic numbers", "\n\nWhat"
+    if kind == "chain":
+        fact, question = " wears shirt number", "\n\nWhich teams"
+    haystack = torch.tensor(byte_tokenizer(prose(2000)).input_ids)[:9000]
+
+    def ask(length: int, count: int):
+        return several_questions(haystack[:length], byte_tokenizer, kind=kind, count=count, depth=0.5, seed="s")
+
+    sample = ask(9000, 4)
+    text = byte_tokenizer.decode(sample.tokens)
+    assert (len(sample.tokens), sample.kind, sample.answers[-1][1]) == (9000, kind, 9000)
+    assert text.count(question) == 4
+    facts = text[: text.index(question)]
+    assert facts.count(fact) == text.count(fact)
+    assert list(sample.answers) == sorted(sample.answers)
+    places = [at.start() for at in re.finditer(question, text)]
+    asked = [sum(place < start for place in places) for start, _ in sample.answers]
+    assert sorted(set(asked)) == [1, 2, 3, 4]
+    for start, stop in sample.answers:
+        assert byte_tokenizer.decode(sample.tokens[start:stop]).strip() in facts
+    few = ask(1200, 40)
+    assert len(few.tokens) == 1200
+    assert 1 <= byte_tokenizer.decode(few.tokens).count(question) < 40
+    one = ask(1200, 1)
+    assert one.depth == pytest.approx(0.5, abs=0.5 if kind in ("chain", "many_values") else 0)  # theirs are sorted
+    assert byte_tokenizer.decode(one.tokens).count(question) == 1
+    with pytest.raises(ValueError, match=f"20 tokens is too short for a '{kind}' question"):
+        ask(20, 4)
 
 
 def test_samples_depend_on_their_seed_alone(tokenizer):

@@ -1,8 +1,7 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
 1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
-   facts with a question (for one, for several, among many, along a chain; half of them after an answered example of the
-   same wording, which tempts to copy its answer), ordinary text.
+   facts with five questions (of one kind: for one, for several, among many, along a chain), ordinary text.
 2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
 3. Effect of a head, one per kind and kind of question: what the model's answers lose when the head turns local, to first
    order. Every head's output gets a gate between what it is and what it would be; the gradient of the objective is the
@@ -24,7 +23,7 @@ calibration would double the time, and it errs on the safe side, because each dr
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +35,13 @@ from .attach import attached, borrowed, checkpoint_activations, gives_back, reco
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
-from .data import KNOWN_TOKENS, TRAINING_CHAINS, TRAINING_TEMPLATES, documents, question_document, repeated_span
+from .data import KNOWN_TOKENS, documents, repeated_span, several_questions
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
+from .gates import Gates, gated
 from .heads import HeadMap
 from .models import fingerprint, model_identity
-from .ops import far_slots, near_slots, window_attention
+from .ops import far_slots, near_slots
 from .progress import track
 from .recovery import choose_share
 
@@ -51,9 +51,11 @@ ROUNDS = 4
 KINDS = ("span", "question", "text")
 QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
 """Kinds of question, in turn."""
-EXAMPLES = 0.5
-"""Share of the questions before which one of the same wording is answered."""
+QUESTIONS_ASKED = 5
+"""Questions in a document, at most: one alone says little about 300 heads, and a forward pass costs the same."""
 TEXT_POSITIONS = 512
+TEXT_WEIGHT = 10.0
+"""What a nat of KL on text weighs against a nat on an answer, when gates are learned."""
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
 OTHER_SEED = 1_000_003
@@ -124,30 +126,41 @@ def calibrate(
         usable = usable_lengths(some)
         return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
 
-    def choose(some: list[DocumentScore], ratio: float) -> tuple[HeadMap, Tensor]:
-        total = combine(counted(some), config.scoring, group_size if granularity == "group" else 1)
-        rows = [total[i].tolist() if i in attention_layers(model) else None for i in range(layers)]
-        heads = HeadMap.from_scores(
-            rows,
-            kv_heads=kv_heads,
-            granularity=granularity,
-            ratio=ratio,
-            threshold=config.threshold,
-        )
-        return heads, total
+    unit = group_size if granularity == "group" else 1
+    converted = [i in attention_layers(model) for i in range(layers)]
+    drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
+    learned = [
+        Gates(converted, query_heads, unit, ratio=config.retrieval_ratio, steps=documents_of * len(lengths))
+        for documents_of in (-(-config.documents // 2), config.documents // 2)
+    ]
+
+    def score(of: tuple[int, ...]) -> Tensor:
+        """[layers, query heads], from these draws."""
+        if config.scoring == "gates":
+            return torch.stack([learned[draw].score for draw in of]).mean(0)
+        return combine(counted([s for draw in of for s in drawn[draw]]), config.scoring, unit)
+
+    def choose(ratio: float, of: tuple[int, ...] = (0, 1)) -> HeadMap:
+        rows = [row if there else None for row, there in zip(score(of).tolist(), converted, strict=True)]
+        return HeadMap.from_scores(rows, kv_heads=kv_heads, granularity=granularity, ratio=ratio, threshold=config.threshold)
 
     rounds = min(ROUNDS, config.documents // len(KINDS)) if config.scoring == "effect" and config.threshold is None else 1
     plan = [(i * rounds // config.documents, at, i) for i in range(config.documents) for at in range(len(lengths))]
-    drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
-    now, full = 0, None
+    now, full = 0, torch.ones(layers, query_heads)
     for turn, at, i in track(plan, total=len(plan), what="Calibrating on documents"):
         if turn > now:
-            now, full = turn, choose(drawn[0] + drawn[1], config.retrieval_ratio ** (turn / rounds))[0]
-        draw = i % len(draws)  # kinds alternate in threes, so that both draws see all of them
+            now, best = turn, choose(config.retrieval_ratio ** (turn / rounds))
+            full = torch.zeros(layers, query_heads)
+            for layer in best.layers:
+                full[layer, list(best.retrieval_heads(layer))] = 1.0
         number = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
+        draw = i % len(draws)  # kinds alternate in threes, so that both draws see all of them
         document, other = (texts[draw][lengths[at]][n % (config.documents + 1)] for n in (number, number + 1))
         index = i + len(KINDS) * at  # every length begins with another kind of question
-        found = score_document(model, tokenizer, document, other, sparse, draws[draw], index=index, heads=full)
+        gates = learned[draw].values if config.scoring == "gates" else full
+        found = score_document(model, tokenizer, document, other, sparse, draws[draw], index=index, gates=gates)
+        if config.scoring == "gates":
+            learned[draw].step(-found.tables["effect"])
         drawn[draw].append(found)
     scores = drawn[0] + drawn[1]
     usable = usable_lengths(scores)
@@ -162,15 +175,15 @@ def calibrate(
 
     ratio = config.retrieval_ratio
     recovered: dict[str, Any] = {}
-    heads, total = choose(scores, ratio)
+    heads = choose(ratio)
     if config.target_recovery is not None:
         heads, recovered, more = choose_share(
-            model, tokenizer, texts[0][max(usable or lengths)], lambda share: choose(scores, share)[0], sparse,
+            model, tokenizer, texts[0][max(usable or lengths)], choose, sparse,
             first=ratio, target=config.target_recovery, samples=config.check_samples, seed=config.seed,
         )  # fmt: skip
         ratio, notes = recovered["chosen_ratio"], notes + more
     metrics: dict[str, Any] = {
-        "scores": [[round(x, 4) for x in row] for row in total.tolist()],
+        "scores": [[round(x, 4) for x in row] for row in score((0, 1)).tolist()],
         "lengths_tokens": list(lengths),
         "usable_lengths_tokens": usable,
         "copy_accuracy": {str(n): _mean_copied(scores, n) for n in lengths},
@@ -180,7 +193,7 @@ def calibrate(
     if recovered:
         metrics["target_recovery"] = recovered
     if config.documents >= len(KINDS) * len(draws):  # every draw has every kind
-        first, second = (choose(some, ratio)[0] for some in drawn)
+        first, second = (choose(ratio, (draw,)) for draw in range(len(draws)))
         metrics["overlap_between_seeds"] = first.overlap(second)
     if config.window_mass is not None:
         kept = kept_by_group(counted(scores), heads)
@@ -213,49 +226,49 @@ def score_document(
     config: CalibrateConfig,
     *,
     index: int,
-    heads: HeadMap | None = None,
+    gates: Tensor | None = None,
 ) -> DocumentScore:
     """Scores of every head from document number `index`, whose kind follows from its number.
 
     Args:
         document, other: [length] int64; a repeated span is a shuffled piece of `other`.
-        heads: the heads that are full while effects are measured, the others being local; default: all.
+        gates: [layers, query heads], how far every head is full (1) and not local (0) while effects are measured; default:
+            all are full.
     """
     rng = random.Random(f"{config.seed}:{index}:{len(document)}")
     kind, length, span = KINDS[index % len(KINDS)], len(document), config.needle_tokens
     turn = index // len(KINDS)
-    tokens, early = document.clone(), 0
+    tokens, early, answers = document.clone(), 0, torch.tensor([], dtype=torch.long)
     if kind == "span":
         newest = length - 2 * span - sparse.window_tokens  # the earlier span lies outside the later one's window
         latest = min(newest, length // 3)
         tokens, early = repeated_span(document, other, span_tokens=span, latest=latest, rng=rng)
-        targets = torch.arange(length - span + KNOWN_TOKENS, length - 1)
+        answers = torch.arange(length - span + KNOWN_TOKENS, length - 1)
     elif kind == "question":
         kind = QUESTIONS[turn % len(QUESTIONS)]
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
-        tokens, _, last = question_document(
-            document, tokenizer, kind=kind, depth=depth, seed=str(rng.random()), example=rng.random() < EXAMPLES,
-            template=TRAINING_TEMPLATES[turn % len(TRAINING_TEMPLATES)], chain=TRAINING_CHAINS[turn % len(TRAINING_CHAINS)],
-        )  # fmt: skip
-        targets = torch.tensor(last)
-    else:
+        seed = str(rng.random())
+        sample = several_questions(document, tokenizer, kind=kind, count=QUESTIONS_ASKED, depth=depth, seed=seed)
+        tokens, answers = sample.tokens, torch.tensor(sample.label_positions)
+    body = torch.tensor([], dtype=torch.long)
+    if kind == "text" or config.scoring == "gates":
         low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
         count = min(TEXT_POSITIONS, length - 1 - low)
-        targets = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
-    right = 1.0
-    if kind != "text":  # what the dense model does not do, no head is needed for
-        with borrowed(model), torch.no_grad():
-            guess = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
-        done = guess.argmax(-1).cpu() == tokens[targets + 1]
-        right = done.float().mean().item()
-        targets = targets[done] if done.any() else targets
+        body = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
+    positions = torch.cat([answers, body])
+    with borrowed(model), torch.no_grad():  # what the dense model does not do, no head is needed for
+        inputs = tokens[None].to(model.device)
+        dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
+    done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
+    right = done.float().mean().item() if len(answers) else 1.0
     layers, query_heads, _, _ = head_counts(model)
     tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
     ladder = rungs(sparse.window_tokens) if kind == "text" and config.window_mass is not None else ()
     kept = torch.zeros(layers, query_heads, len(ladder))
+    shown = positions[:: max(1, len(positions) // 64)]
 
     def observe(seen: Observed) -> None:
-        rows = targets[:: max(1, len(targets) // 64)].to(seen.q.device)
+        rows = shown.to(seen.q.device)
         weights = attention_rows(seen, rows)  # [Hq, rows, N]
         beyond = far_slots(rows, length, sparse.window_tokens, sparse.sink_tokens)
         tables["far"][seen.layer] = (weights * beyond).sum(-1).mean(-1).cpu()
@@ -264,85 +277,55 @@ def score_document(
         if kind == "span":
             tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
 
-    if config.scoring == "effect":
-        _effects(model, tokens, targets, sparse, tables["effect"], observe, margin=kind != "text", heads=heads)
+    def learned_loss(logits: Tensor) -> Tensor:
+        """What the gates learn from: the answers, and the dense model's next tokens."""
+        count = len(answers)
+        student, teacher = (x[count:].float().log_softmax(-1) for x in (logits, dense))
+        loss = TEXT_WEIGHT * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        if done.any():
+            expected = tokens[answers[done] + 1].to(logits.device)
+            loss = loss + F.cross_entropy(logits[:count][done.to(logits.device)].float(), expected)
+        return loss
+
+    def effect_loss(logits: Tensor) -> Tensor:
+        """Answers: the right token's logit against all others (it does not saturate); text: its log-probability."""
+        counted = done if done.any() else torch.ones(len(positions), dtype=torch.bool)
+        want = tokens[positions[counted] + 1].to(logits.device)[:, None]
+        scores = logits[counted.to(logits.device)].float()
+        others = scores if kind == "text" else scores.scatter(1, want, -torch.inf)
+        return (others.logsumexp(-1) - scores.gather(1, want)[:, 0]).mean()
+
+    if config.scoring in ("gates", "effect"):
+        at = torch.ones(layers, query_heads) if gates is None else gates
+        loss = learned_loss if config.scoring == "gates" else effect_loss
+        tables["effect"] = -gate_gradient(model, tokens, positions, sparse, at, loss, observe)
     else:
         with torch.no_grad(), recording(model, observe):
             model(tokens[None].to(model.device), logits_to_keep=1)
     return DocumentScore(kind, length, tables, right, kept if ladder else None)
 
 
-def _effects(
+def gate_gradient(
     model: Any,
     tokens: Tensor,
-    targets: Tensor,
+    positions: Tensor,
     sparse: SparseConfig,
-    table: Tensor,
-    observe: Any,
-    *,
-    margin: bool,
-    heads: HeadMap | None = None,
-) -> None:
-    """Fill `table` [layers, query heads] with each head's effect.
+    gates: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    observe: Callable[[Observed], None],
+) -> Tensor:
+    """[layers, query heads]: what `loss` of the logits at `positions` gains when a head becomes more full, to first order.
 
-    Args:
-        heads: who is full meanwhile. A local head's effect is what the model would win were it full.
-        margin: measure the right token's logit against all others (it does not saturate), else its log-probability.
+    Its negative is what a full head's turning local costs, and what a local head's turning full would win.
     """
-    modules = attention_layers(model)
-    gates = {layer: torch.zeros(table.shape[1], device=model.device, requires_grad=True) for layer in modules}
-    every = torch.arange(table.shape[1])
-    full = {i: torch.isin(every, every if heads is None else torch.tensor(heads.retrieval_heads(i))) for i in modules}
-    other: dict[int, Tensor] = {}
-    seen_once: set[int] = set()
-
-    def watch(seen: Observed) -> None:
-        with torch.no_grad():
-            if seen.layer not in seen_once:  # activation checkpointing runs every layer twice
-                observe(seen)
-                seen_once.add(seen.layer)
-            size = seen.q.shape[1] // seen.k.shape[1]
-            k, v = (x.repeat_interleave(size, 1) for x in (seen.k, seen.v))
-            to_local, to_full = full[seen.layer].nonzero()[:, 0], (~full[seen.layer]).nonzero()[:, 0]
-            sinks = torch.arange(sparse.sink_tokens, device=k.device)[None]
-            out = torch.empty_like(seen.q)
-            if len(to_local):
-                keys, values = k[:, to_local], v[:, to_local]
-                out[:, to_local] = window_attention(
-                    seen.q[:, to_local], keys, values, *(x[:, :, : sparse.sink_tokens] for x in (keys, values)),
-                    first_slot=0, sinks=sinks, window_tokens=sparse.window_tokens, scaling=seen.scaling,
-                )  # fmt: skip
-            if len(to_full):
-                out[:, to_full] = F.scaled_dot_product_attention(
-                    seen.q[:, to_full], k[:, to_full], v[:, to_full], is_causal=True, scale=seen.scaling
-                )
-            other[seen.layer] = out
-
-    def gate(layer: int):
-        def hook(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            now = args[0].unflatten(-1, (table.shape[1], -1))  # [1, N, Hq, D]
-            away = (other.pop(layer).transpose(1, 2) - now).detach()  # popped: one layer's at a time
-            return ((now + gates[layer][:, None].to(now.dtype) * away).flatten(2),)
-
-        return hook
-
-    hooks = [m.o_proj.register_forward_pre_hook(gate(layer)) for layer, m in modules.items()]  # type: ignore[union-attr]
-    try:
-        sparsely = nullcontext() if heads is None else attached(model, heads, sparse)
-        with borrowed(model), torch.enable_grad(), sparsely, recording(model, watch):
-            model.requires_grad_(False)
-            checkpoint_activations(model)
-            logits = model(tokens[None].to(model.device), logits_to_keep=targets.to(model.device), use_cache=False).logits[0]
-            want = tokens[targets + 1].to(logits.device)[:, None]
-            scores = logits.float()
-            right = scores.gather(1, want)[:, 0]
-            others = scores.scatter(1, want, -torch.inf) if margin else scores
-            (others.logsumexp(-1) - right).mean().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for layer, values in gates.items():
-        table[layer] = values.grad.cpu().where(full[layer], -values.grad.cpu())  # type: ignore[union-attr]
+    at = gates.to(model.device, torch.float32, copy=True).requires_grad_(True)
+    with borrowed(model), torch.enable_grad(), gated(model, sparse, at, observe):
+        model.requires_grad_(False)
+        checkpoint_activations(model)
+        inputs = tokens[None].to(model.device)
+        loss(model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]).backward()
+    assert at.grad is not None
+    return at.grad.cpu()
 
 
 def attention_rows(seen: Observed, rows: Tensor) -> Tensor:

@@ -131,9 +131,10 @@ class CalibrateConfig:
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
     """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
-    scoring: Literal["effect", "attention", "needle"] = "effect"
-    """Score heads by the needle's attention and by what the model loses without their far attention (effect), by
-    needle and far attention mass (attention), or by the needle alone (needle, the paper)."""
+    scoring: Literal["effect", "gates", "attention", "needle"] = "effect"
+    """Score heads by what the model loses without their far attention (effect), by gates that learn which heads may do
+    without it (gates; give it 40 documents or more), by needle and far attention mass (attention), or by the needle alone
+    (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
     """Document lengths in tokens; empty: a quarter, a half and all of the context (at most 32768), at least 2 windows."""
     documents: int = 9
@@ -152,11 +153,10 @@ class CalibrateConfig:
     """Seed of documents, needles and sampled positions."""
 
     def __post_init__(self) -> None:
-        known = ("auto", "head", "group")
-        _require(self.granularity in known, "granularity", "'auto', 'head' or 'group'", self.granularity)
+        _require(self.granularity in ("auto", "head", "group"), "granularity", "'auto', 'head' or 'group'", self.granularity)
         _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
         _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
-        known = ("effect", "attention", "needle")
+        known = ("effect", "gates", "attention", "needle")
         _require(self.scoring in known, "scoring", f"one of {', '.join(known)}", self.scoring)
         _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)

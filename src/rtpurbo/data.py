@@ -375,6 +375,8 @@ QUESTION_KINDS = (
     "single", "multi_key", "multi_value", "multi_query", "many_keys", "many_values", "many_queries", "chain",
 )  # fmt: skip
 """See `retrieval_sample`."""
+_ASKED = {"single": 1, "multi_key": 1, "many_keys": 1, "multi_value": 2, "multi_query": 2}
+"""Values that a question asks for; of other kinds two to `_MOST_ASKED`."""
 _MOST_ASKED = 5
 _MOST_FACTS = 400
 
@@ -400,12 +402,36 @@ def retrieval_sample(
         depth: where the first fact asked for goes, in [0, 1].
         template, chain: wording of facts and questions; of chains.
     """
-    asked = {"single": 1, "multi_key": 1, "many_keys": 1, "multi_value": 2, "multi_query": 2}
-    most = asked.get(kind) or random.Random(f"{seed}:asked").randint(2, _MOST_ASKED)
-    for count in range(most, asked.get(kind, 2) - 1, -1):
+    most = _ASKED.get(kind) or random.Random(f"{seed}:asked").randint(2, _MOST_ASKED)
+    for count in range(most, _ASKED.get(kind, 2) - 1, -1):
         rng = random.Random(seed)
-        facts = _chains(chain, count, rng) if kind == "chain" else _facts(template, kind, count, rng)
-        sample = _hidden(haystack, tokenizer, facts, kind=kind, depth=depth, rng=rng)
+        facts = _facts(template, chain, kind, count, rng)
+        sample = _hidden(haystack, tokenizer, [facts], kind=kind, depth=depth, rng=rng)
+        if sample is not None:
+            return sample
+    raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
+
+
+def several_questions(
+    haystack: Tensor, tokenizer: Any, *, kind: str, count: int, depth: float, seed: str
+) -> RetrievalSample:
+    """As `retrieval_sample`, with up to `count` questions of a kind, as many as fit, each in one of training's wordings:
+    all facts are hidden in the document, then every question is asked and answered in turn, so that the earlier ones are
+    examples to the later ones, which none must copy.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    for most in range(count, 0, -1):
+        rng = random.Random(seed)
+        asked = [
+            _facts(
+                rng.choice(TRAINING_TEMPLATES), rng.choice(TRAINING_CHAINS), kind,
+                _ASKED.get(kind) or rng.randint(2, _MOST_ASKED), rng,
+            )
+            for _ in range(most)
+        ]  # fmt: skip
+        sample = _hidden(haystack, tokenizer, asked, kind=kind, depth=depth, rng=rng)
         if sample is not None:
             return sample
     raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
@@ -425,7 +451,9 @@ class _Facts:
     """More sentences, as many as fit into half of the text."""
 
 
-def _facts(template: Template, kind: str, count: int, rng: random.Random) -> _Facts:
+def _facts(template: Template, chain: ChainTemplate, kind: str, count: int, rng: random.Random) -> _Facts:
+    if kind == "chain":
+        return _chains(chain, count, rng)
     one_key = kind in ("multi_value", "many_values")
     number = {"many_keys": _MOST_FACTS, "many_queries": count + 2}.get(kind, max(4, count))
     keys = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], number)
@@ -458,48 +486,53 @@ def _chains(chain: ChainTemplate, count: int, rng: random.Random) -> _Facts:
 
 
 def _hidden(
-    haystack: Tensor, tokenizer: Any, facts: _Facts, *, kind: str, depth: float, rng: random.Random
+    haystack: Tensor, tokenizer: Any, asked: list[_Facts], *, kind: str, depth: float, rng: random.Random
 ) -> RetrievalSample | None:
-    """The document with the facts, None where they do not fit."""
+    """The document with the facts of all questions, which follow with their answers; None where they do not fit."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    answer: list[int] = []
+    end: list[int] = []
     spans: list[tuple[int, int]] = []
-    for i, value in enumerate(facts.answers):
-        if i:
-            answer += encode(facts.joiner.rstrip())
-        ids = encode(" " + value)
-        spans.append((len(answer), len(answer) + len(ids)))
-        answer += ids
-    tail = encode("\n\n" + facts.question)
-    needles = [encode(f"\n{sentence}\n") for sentence in facts.sentences]
-    room = len(haystack) - len(tail) - len(answer) - sum(map(len, needles))
+    for facts in asked:
+        end += encode("\n\n" + facts.question)
+        for i, value in enumerate(facts.answers):
+            end += encode(facts.joiner.rstrip()) if i else []
+            ids = encode(" " + value)
+            spans.append((len(end), len(end) + len(ids)))
+            end += ids
+    hidden = [[encode(f"\n{sentence}\n") for sentence in facts.sentences] for facts in asked]
+    room = len(haystack) - len(end) - sum(len(ids) for needles in hidden for ids in needles)
     if room < 16:
         return None
-    if facts.filler:
-        half = room // 2
+    spare = (room - room // 2) // len(asked)
+    for facts, needles in zip(asked, hidden, strict=True):
+        used = 0
         for sentence in facts.filler:
             ids = encode(f"\n{sentence}\n")
-            if room - len(ids) < half:
+            if used + len(ids) > spare:
                 break
             needles.append(ids)
-            room -= len(ids)
-    depths = [depth] + [rng.random() for _ in needles[1:]]
-    if facts.ordered:
-        depths.sort()
+            used += len(ids)
+        room -= used
+    placed: list[tuple[int, list[int]]] = []
+    for facts, needles in zip(asked, hidden, strict=True):
+        depths = [rng.random() if placed else depth] + [rng.random() for _ in needles[1:]]
+        depths = sorted(depths) if facts.ordered else depths
+        depth = depth if placed else depths[0]
+        placed += [(max(1, round(d * room)), ids) for d, ids in zip(depths, needles, strict=True)]
     text: list[int] = []
     begin = 0
-    for place, needle in sorted(zip((max(1, round(d * room)) for d in depths), needles, strict=True), key=lambda p: p[0]):
+    for place, needle in sorted(placed, key=lambda p: p[0]):
         text += haystack[begin:place].tolist() + needle
         begin = place
     text += haystack[begin:room].tolist()
-    start = len(text) + len(tail)
+    start = len(text)
     return RetrievalSample(
-        tokens=torch.tensor(text + tail + answer),
+        tokens=torch.tensor(text + end),
         answers=tuple((start + a, start + b) for a, b in spans),
-        depth=depths[0],
+        depth=depth,
         kind=kind,
     )
 
@@ -594,7 +627,7 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
         return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
-    tokens, first, last = question_document(
+    return question_document(
         document,
         tokenizer,
         kind=kind,
@@ -604,7 +637,6 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
         chain=rng.choice(TRAINING_CHAINS),
         example=rng.random() < EXAMPLES,
     )
-    return tokens, first + last
 
 
 def question_document(
@@ -617,13 +649,12 @@ def question_document(
     template: Template,
     chain: ChainTemplate,
     example: bool,
-) -> tuple[Tensor, list[int], list[int]]:
+) -> tuple[Tensor, list[int]]:
     """A document that ends with a question, and, where an `example` is asked for and fits, begins with one of the same
     wording, answered: whoever only looks for the question's words finds the wrong answer.
 
     Returns:
-        tokens [length], and the positions whose next token is part of the example's answer (none without one), and of
-        the question's.
+        tokens [length], and the positions whose next token is part of an answer, those of the example first.
     """
     ask = partial(retrieval_sample, tokenizer=tokenizer, kind=kind, template=template, chain=chain)
     gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
@@ -632,6 +663,6 @@ def question_document(
             first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
             sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
             tokens = torch.cat([first.tokens, gap, sample.tokens])
-            return tokens, first.label_positions, [SHORTEST_TOKENS + t for t in sample.label_positions]
+            return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]
     sample = ask(document, depth=depth, seed=seed)
-    return sample.tokens, [], sample.label_positions
+    return sample.tokens, sample.label_positions

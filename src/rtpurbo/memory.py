@@ -115,14 +115,14 @@ def memory(shape: Shape, config: Any, *, gpu_bytes: int = 0) -> dict[str, dict[s
 def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> dict[str, int]:
     """Scores by effect run forward and backward with every layer recomputed.
 
-    - hidden states: what enters each layer, N h e per layer (scoring "effect" only);
+    - hidden states: what enters each layer, N h e per layer (scoring "effect" and "gates");
     - layer: one layer's recomputation and gradients, (14 h + 13 f) N; or the whole attention of 64 queries, three
       float32 copies [query heads, 64, N], with queries, keys and outputs 12 h N;
     - logits: 512 labels in e bytes and four float32 copies.
     """
     lengths = config.lengths_tokens or default_lengths(min(shape.context_tokens, LONGEST_TOKENS), sparse)
     n = max(lengths)
-    effect = config.scoring == "effect"
+    effect = config.scoring in ("effect", "gates")
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
     layer = shape.layer(n, 14, 13) * shape.element_bytes // 2 if effect else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
