@@ -116,17 +116,18 @@ def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> d
     """Scores by effect run forward and backward with every layer recomputed.
 
     - hidden states: what enters each layer, N h e per layer (scoring "effect" and "gates");
-    - layer: one layer's recomputation and gradients, (14 h + 13 f) N; or the whole attention of 64 queries, three
+    - layer: one layer's recomputation and gradients, (25 h + 13 f) N; or the whole attention of 64 queries, three
       float32 copies [query heads, 64, N], with queries, keys and outputs 12 h N;
-    - logits: 512 labels in e bytes and four float32 copies.
+    - logits: 512 labels in e bytes and four float32 copies; for gates the dense model's too, and five.
     """
     lengths = config.lengths_tokens or default_lengths(min(shape.context_tokens, LONGEST_TOKENS), sparse)
     n = max(lengths)
     effect = config.scoring in ("effect", "gates")
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
-    layer = shape.layer(n, 14, 13) * shape.element_bytes // 2 if effect else shape.forward(n)
+    layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if effect else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
-    logits = TEXT_POSITIONS * shape.vocabulary * (shape.element_bytes + 16)
+    copies = 2 * shape.element_bytes + 20 if config.scoring == "gates" else shape.element_bytes + 16
+    logits = TEXT_POSITIONS * shape.vocabulary * copies
     held = shape.layers * n * shape.hidden * shape.element_bytes if effect else 0
     return {"hidden states": held, "layer or logits": max(layer, rows, logits, checked - held)}
 
