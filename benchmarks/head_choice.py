@@ -1,0 +1,152 @@
+"""Ways to choose retrieval heads, compared before anything is trained: the chosen heads dense, all others local.
+
+    python benchmarks/head_choice.py smollm2-135m --length 768 --window 96 --choices effect:60 gates:60 gates:120 -o FILE
+
+A choice is SCORING:DOCUMENTS of `rtpurbo calibrate`, with :SHARE for another one than --retrieval-ratio. Held-out documents
+say what is left: of the answers that the dense model gives (several questions of one kind in a document, a repeated span), and
+of its next-token distribution beyond the window. The file is written after every choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from environment import environment
+from torch import Tensor
+
+import rtpurbo
+from rtpurbo.attach import attached
+from rtpurbo.calibration import QUESTIONS, QUESTIONS_ASKED
+from rtpurbo.checkpoint import write_json
+from rtpurbo.config import CalibrateConfig, SparseConfig
+from rtpurbo.data import KNOWN_TOKENS, documents, repeated_span, several_questions
+from rtpurbo.evals.statistics import paired
+from rtpurbo.models import load_model
+
+KINDS = ("span", *QUESTIONS)
+SPAN_TOKENS = 48
+TEXT_POSITIONS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A held-out document, what it asks, and what the dense model says."""
+
+    kind: str
+    tokens: Tensor
+    answers: Tensor
+    """Positions whose next token the dense model gets right."""
+    text: Tensor
+    """Positions in the text beyond window and sinks."""
+    logits: Tensor
+    """[positions of text, vocabulary], dense"""
+
+
+@torch.no_grad()
+def held_out(model: Any, tokenizer: Any, source: str, sparse: SparseConfig, *, length: int, count: int) -> list[Sample]:
+    """`count` documents, the kinds in turn."""
+    found = []
+    texts = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=5)
+    for i in range(count):
+        rng, kind = random.Random(f"held out:{i}"), KINDS[i % len(KINDS)]
+        if kind == "span":
+            latest = min(length - 2 * SPAN_TOKENS - sparse.window_tokens, length // 3)
+            tokens, _ = repeated_span(texts[i], texts[i + 1], span_tokens=SPAN_TOKENS, latest=latest, rng=rng)
+            asked = torch.arange(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1)
+        else:
+            sample = several_questions(
+                texts[i], tokenizer, kind=kind, count=QUESTIONS_ASKED, depth=rng.uniform(0, 0.5), seed=str(rng.random())
+            )
+            tokens, asked = sample.tokens, torch.tensor(sample.label_positions)
+        first = sparse.window_tokens + sparse.sink_tokens
+        text = torch.tensor(sorted(rng.sample(range(first, length - 1), min(TEXT_POSITIONS, length - 1 - first))))
+        logits = logits_at(model, tokens, torch.cat([asked, text]))
+        right = logits[: len(asked)].argmax(-1).cpu() == tokens[asked + 1]
+        found.append(Sample(kind, tokens, asked[right], text, logits[len(asked) :].cpu()))
+    return found
+
+
+def logits_at(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """[positions, vocabulary]"""
+    return model(tokens[None].to(model.device), logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def left(model: Any, samples: list[Sample]) -> dict[str, list[float]]:
+    """Per sample: "loss" on text less the dense model's, and "kl" to it, nats; by kind the share of "answers" left and their
+    cross-entropy."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        logits = logits_at(model, sample.tokens, torch.cat([sample.answers, sample.text])).float()
+        count = len(sample.answers)
+        dense, want = sample.logits.to(logits.device).float(), sample.tokens[sample.text + 1].to(logits.device)
+        student, teacher = logits[count:].log_softmax(-1), dense.log_softmax(-1)
+        found["kl"].append(float(F.kl_div(student, teacher, reduction="batchmean", log_target=True)))
+        found["loss"].append(float(F.nll_loss(student, want) - F.nll_loss(teacher, want)))
+        if count:
+            want = sample.tokens[sample.answers + 1].to(logits.device)
+            found[f"{sample.kind} answers"].append(float((logits[:count].argmax(-1) == want).float().mean()))
+            found[f"{sample.kind} nats"].append(float(F.cross_entropy(logits[:count], want)))
+    return dict(found)
+
+
+def main() -> None:
+    """Calibrate every choice, measure what it leaves, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--train", nargs="+", default=["installed-docs", "installed-python"])
+    parser.add_argument("--dev", nargs="+", default=["installed-docs:heldout", "installed-python:heldout"])
+    parser.add_argument("--calibrate-lengths", nargs="+", type=int, help="default: --length")
+    parser.add_argument("--length", type=int, required=True, help="of the held-out documents, in tokens")
+    parser.add_argument("--window", type=int, required=True)
+    parser.add_argument("--granularity", default="auto")
+    parser.add_argument("--retrieval-ratio", type=float, default=0.15)
+    parser.add_argument("--documents", type=int, default=30, help="held out, of each source")
+    parser.add_argument("--choices", nargs="+", required=True)
+    parser.add_argument("--commit")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model, dtype=args.dtype)
+    sparse = SparseConfig(window_tokens=args.window)
+    size = {"length": args.length, "count": args.documents}
+    samples = {source: held_out(model, tokenizer, source, sparse, **size) for source in args.dev}
+    lengths = tuple(args.calibrate_lengths or [args.length])
+    skipped = ("output", "commit", "model")
+    result: dict[str, Any] = {
+        "environment": environment(args.commit),
+        "settings": {key: value for key, value in vars(args).items() if key not in skipped},
+        "choices": [],
+    }
+    for choice in args.choices:
+        scoring, count, *share = choice.split(":")
+        config = CalibrateConfig(
+            granularity=args.granularity, scoring=scoring, documents=int(count), lengths_tokens=lengths, check_samples=0,
+            retrieval_ratio=float(share[0]) if share else args.retrieval_ratio,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        artifact = rtpurbo.calibrate(model, tokenizer, args.train, config, sparse)
+        row: dict[str, Any] = {"choice": choice, "seconds": round(time.perf_counter() - begin, 1)}
+        row |= {"heads": artifact.heads.to_dict(), "full_kv_ratio": artifact.heads.full_kv_ratio}
+        row["overlap_between_seeds"] = artifact.stages["calibrate"]["metrics"].get("overlap_between_seeds")
+        with attached(model, artifact.heads, sparse):
+            row["left"] = {Path(source).name: left(model, some) for source, some in samples.items()}
+        result["choices"].append(row)
+        write_json(args.output, result)
+        first = result["choices"][0]["left"]
+        for source, found in row["left"].items():
+            line = {name: round(sum(values) / len(values), 4) for name, values in found.items()}
+            apart = paired(first[source]["kl"], found["kl"])["difference_95"]
+            print(choice, source, row["seconds"], "s", row["overlap_between_seeds"], line, "kl, 95 %:", apart, flush=True)
+
+
+if __name__ == "__main__":
+    main()
