@@ -3,8 +3,8 @@
     python benchmarks/head_choice.py smollm2-135m --length 768 --window 96 --choices effect:60 gates:60 gates:120 -o FILE
 
 A choice is SCORING:DOCUMENTS of `rtpurbo calibrate`, with :SHARE for another one than --retrieval-ratio. Held-out documents
-say what is left: of the answers that the dense model gives (several questions of one kind in a document, a repeated span), and
-of its next-token distribution beyond the window. The file is written after every choice.
+say what is left: of the answers that the dense model gives (several questions of one kind in a document, a repeated span),
+and of its next-token distribution beyond the window. The file is written after every choice.
 """
 
 from __future__ import annotations

@@ -166,8 +166,9 @@ def convert(study: Study) -> dict[str, Any]:
     if artifact is None:
         with timed("calibrate"):
             settings = CalibrateConfig(
-                granularity=args.granularity, retrieval_ratio=args.retrieval_ratio, lengths_tokens=tuple(args.lengths),
-                documents=args.calibrate_documents, check_samples=args.check_samples,
+                granularity=args.granularity, scoring=args.scoring, retrieval_ratio=args.retrieval_ratio,
+                lengths_tokens=tuple(args.lengths), documents=args.calibrate_documents,
+                check_samples=args.check_samples,
             )  # fmt: skip
             found = rtpurbo.calibrate(model, tokenizer, args.train, settings, study.sparse(), model_name=args.model_name)
             artifact = save_stage(out, "calibrate", found, args.train)
@@ -316,6 +317,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "share_0.30": {"calibrate": {"retrieval_ratio": 0.30}},
     "query_heads": {"calibrate": {"granularity": "head"}},
     "kv_groups": {"calibrate": {"granularity": "group"}},
+    "heads_by_gates": {"calibrate": {"scoring": "gates", "documents": 40}},
     "heads_by_needle": {"calibrate": {"scoring": "needle"}},
     "dimension_4": {"sparse": {"index_dim": 4}},
     "dimension_8": {"sparse": {"index_dim": 8}},
@@ -532,6 +534,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--min-probability", type=float, default=1e-4)
     parser.add_argument("--granularity", default="auto")
+    parser.add_argument("--scoring", default="effect", help="how heads are chosen; gates want 40 --calibrate-documents")
     parser.add_argument("--retrieval-ratio", type=float, default=0.15)
     parser.add_argument("--calibrate-documents", type=int, default=24)
     parser.add_argument("--check-samples", type=int, default=40)
