@@ -14,7 +14,7 @@ LEVELS = [
     {"indexer", "cache", "families"},
     {"attention"},
     {"attach", "checkpoint", "models", "model_card"},
-    {"data", "training", "calibration", "recovery", "indexer_training", "distillation", "generate", "evals"},
+    {"data", "training", "calibration", "gates", "recovery", "indexer_training", "distillation", "generate", "evals"},
     {"pipeline", "memory", "report", "demo", "doctor", "export", "vllm_plugin"},
     {"cli"},
 ]

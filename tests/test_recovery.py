@@ -66,7 +66,7 @@ def test_kinds_that_the_dense_model_cannot_answer_do_not_count():
 def badly_scored(monkeypatch):
     """Scores that put the head that retrieves third of eight."""
 
-    def score(model, tokenizer, document, other, sparse, config, *, index, heads):
+    def score(model, tokenizer, document, other, sparse, config, *, index, gates):
         kind = calibration.KINDS[index % 3]
         effect = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.8, 0.0]])
         tables = {"needle": torch.zeros(2, 4), "far": torch.zeros(2, 4), "effect": effect}
