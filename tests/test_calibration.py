@@ -350,7 +350,7 @@ def test_rounds_turn_more_and_more_heads_local(model, tokenizer, source, monkeyp
         return fake("span", len(document), effect=effect)
 
     monkeypatch.setattr(calibration, "score_document", score)
-    config = dataclasses.replace(CONFIG, documents=12, lengths_tokens=(200, 320), retrieval_ratio=1 / 16)
+    config = dataclasses.replace(CONFIG, scoring="effect", documents=12, lengths_tokens=(200, 320), retrieval_ratio=1 / 16)
     made = calibrate(model, tokenizer, [source], config, SPARSE)
     assert made.heads.retrieval == ((1,), ())
     rounds = [[[1] * 4] * 2, [[0, 1, 1, 1], [1, 0, 0, 0]], [[0, 1, 1, 0], [0] * 4], [[0, 1, 0, 0], [0] * 4]]
@@ -384,12 +384,13 @@ def test_lengths_that_the_model_cannot_copy_are_left_out(model, tokenizer, sourc
 
 def test_a_model_that_cannot_copy_is_judged_by_text_alone(tokenizer, source):
     model = random_model(context=512)
-    made = calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, documents=5), SPARSE)
+    config = dataclasses.replace(CONFIG, scoring="effect")
+    made = calibrate(model, tokenizer, [source], dataclasses.replace(config, documents=5), SPARSE)
     found = metrics_of(made)
     assert found["usable_lengths_tokens"] == []
     assert "ordinary text alone decided" in found["notes"][0]
     texts = documents([source], tokenizer, length_tokens=320, count=6, seed=0)
-    mean = score_document(model, tokenizer, texts[4], texts[5], SPARSE, CONFIG, index=2).tables["effect"].clamp(min=0)
+    mean = score_document(model, tokenizer, texts[4], texts[5], SPARSE, config, index=2).tables["effect"].clamp(min=0)
     best = int((mean / mean.max()).argmax())
     assert made.heads.retrieval == tuple((best % 4,) if i == best // 4 else () for i in range(2))
     with pytest.raises(ValueError, match=r"cannot copy a repeated span at 320 tokens.*scoring='needle'"):

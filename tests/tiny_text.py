@@ -45,7 +45,7 @@ def word_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     core.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex(r"What (is|are all) the special magic numbers? for [\w ]* mentioned[^\n]*\n"), ""),
-            normalizers.Replace(Regex(r" mentioned in the text above (is:$|are, in this order:$)"), ""),
+            normalizers.Replace(Regex(r" (is:$|are, in this order:$)"), ""),
             normalizers.Replace(Regex(r" is: "), " "),
         ]
     )

@@ -265,7 +265,8 @@ def score_document(
     tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
     ladder = rungs(sparse.window_tokens) if kind == "text" and config.window_mass is not None else ()
     kept = torch.zeros(layers, query_heads, len(ladder))
-    shown = positions[:: max(1, len(positions) // 64)]
+    shown = answers if len(answers) else body
+    shown = shown[:: max(1, len(shown) // 64)]
 
     def observe(seen: Observed) -> None:
         rows = shown.to(seen.q.device)

@@ -258,10 +258,9 @@ class ChainTemplate:
 
 EVALUATION_TEMPLATE = Template(
     needle="One of the special magic numbers for {key} is: {value}.",
-    one="What is the special magic number for {key} mentioned in the text above?\n"
-    "The special magic number for {key} mentioned in the text above is:",
+    one="What is the special magic number for {key} mentioned in the text above?\nThe special magic number for {key} is:",
     several="What are all the special magic numbers for {key} mentioned in the text above?\n"
-    "The special magic numbers for {key} mentioned in the text above are, in this order:",
+    "The special magic numbers for {key} are, in this order:",
 )
 EVALUATION_CHAIN = ChainTemplate(
     needle="Team {name} wears shirt number {value}.",
