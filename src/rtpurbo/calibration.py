@@ -296,7 +296,7 @@ def score_document(
         others = scores if kind == "text" else scores.scatter(1, want, -torch.inf)
         return (others.logsumexp(-1) - scores.gather(1, want)[:, 0]).mean()
 
-    if config.scoring in ("gates", "effect"):
+    if config.by_gradient:
         at = torch.ones(layers, query_heads) if gates is None else gates
         loss = learned_loss if config.scoring == "gates" else effect_loss
         tables["effect"] = -gate_gradient(model, tokens, positions, sparse, at, loss, observe)

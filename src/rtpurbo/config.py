@@ -171,6 +171,11 @@ class CalibrateConfig:
             )
         _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
 
+    @property
+    def by_gradient(self) -> bool:
+        """Whether scores need a backward pass."""
+        return self.scoring in ("effect", "gates")
+
     def chosen_unit(self, group_size: int) -> Granularity:
         """What is chosen in a model with `group_size` query heads for each KV head."""
         if self.granularity == "auto":

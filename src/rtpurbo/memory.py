@@ -113,7 +113,7 @@ def memory(shape: Shape, config: Any, *, gpu_bytes: int = 0) -> dict[str, dict[s
 
 
 def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> dict[str, int]:
-    """Scores by effect run forward and backward with every layer recomputed.
+    """Scores by effect or gates run forward and backward with every layer recomputed.
 
     - hidden states: what enters each layer, N h e per layer (scoring "effect" and "gates");
     - layer: one layer's recomputation and gradients, (25 h + 13 f) N; or the whole attention of 64 queries, three
@@ -122,13 +122,12 @@ def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> d
     """
     lengths = config.lengths_tokens or default_lengths(min(shape.context_tokens, LONGEST_TOKENS), sparse)
     n = max(lengths)
-    effect = config.scoring in ("effect", "gates")
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
-    layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if effect else shape.forward(n)
+    layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if config.by_gradient else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
     copies = 2 * shape.element_bytes + 20 if config.scoring == "gates" else shape.element_bytes + 16
     logits = TEXT_POSITIONS * shape.vocabulary * copies
-    held = shape.layers * n * shape.hidden * shape.element_bytes if effect else 0
+    held = shape.layers * n * shape.hidden * shape.element_bytes if config.by_gradient else 0
     return {"hidden states": held, "layer or logits": max(layer, rows, logits, checked - held)}
 
 
