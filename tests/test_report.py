@@ -9,6 +9,7 @@ import math
 import os
 import random
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -582,7 +583,13 @@ def show(browser, path: Path, *, width: int) -> None:
     """Load a page as a screen of this width shows it; below 600 px a phone's."""
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_script("window.left = true")
     browser.get(path.as_uri())
+    loaded = "return !window.left && document.readyState == 'complete' && location.href == arguments[0]"
+    deadline = time.monotonic() + 30
+    while not browser.execute_script(loaded, path.as_uri()):  # `get` may return before the page it left is gone
+        assert time.monotonic() < deadline, f"{path} is not shown"
+        time.sleep(0.02)
 
 
 PLOTS = """return [...document.querySelectorAll("[data-figure]")].map((plot) => {
@@ -637,9 +644,9 @@ def test_browser_prints(browser, full):
     assert 3 <= pdf.count(b"/Type /Page\n") <= 12
     printed = browser.execute_script("return window.printed")
     assert len(printed) == 12
-    assert all(0 < p["width"] <= 703 for p in printed)  # A4 less its margins
+    assert [p["width"] for p in printed if not 0 < p["width"] <= 703] == []  # A4 less its margins
     after = browser.execute_script(PLOTS)
-    assert all(abs(p["width"] - p["column"]) < 1 for p in after)
+    assert [(p["width"], p["column"]) for p in after if abs(p["width"] - p["column"]) >= 1] == []
 
 
 def layer_result() -> dict:
