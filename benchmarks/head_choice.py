@@ -1,6 +1,6 @@
 """Ways to choose retrieval heads, compared before anything is trained: the chosen heads dense, all others local.
 
-    python benchmarks/head_choice.py smollm2-135m --length 768 --window 96 --choices effect:60 gates:60 gates:120 -o FILE
+    python benchmarks/head_choice.py smollm2-135m --length 768 --window 96 --choices needle:9 gates:24 gates:60 -o FILE
 
 A choice is SCORING:DOCUMENTS of `rtpurbo calibrate`, with :SHARE for another one than --retrieval-ratio. Held-out documents
 say what is left: of the answers that the dense model gives (several questions of one kind in a document, a repeated span),
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,28 +23,23 @@ from torch import Tensor
 
 import rtpurbo
 from rtpurbo.attach import attached
-from rtpurbo.calibration import QUESTIONS, QUESTIONS_ASKED
+from rtpurbo.calibration import QUESTIONS, Task, make_task
 from rtpurbo.checkpoint import write_json
 from rtpurbo.config import CalibrateConfig, SparseConfig
-from rtpurbo.data import KNOWN_TOKENS, documents, repeated_span, several_questions
+from rtpurbo.data import documents
 from rtpurbo.evals.statistics import paired
 from rtpurbo.models import load_model
 
 KINDS = ("span", *QUESTIONS)
 SPAN_TOKENS = 48
-TEXT_POSITIONS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A held-out document, what it asks, and what the dense model says."""
+    """A held-out document, and what the dense model says."""
 
-    kind: str
-    tokens: Tensor
-    answers: Tensor
-    """Positions whose next token the dense model gets right."""
-    text: Tensor
-    """Positions in the text beyond window and sinks."""
+    task: Task
+    """Its answers are those that the dense model gets right."""
     logits: Tensor
     """[positions of text, vocabulary], dense"""
 
@@ -56,27 +50,19 @@ def held_out(model: Any, tokenizer: Any, source: str, sparse: SparseConfig, *, l
     found = []
     texts = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=5)
     for i in range(count):
-        rng, kind = random.Random(f"held out:{i}"), KINDS[i % len(KINDS)]
-        if kind == "span":
-            latest = min(length - 2 * SPAN_TOKENS - sparse.window_tokens, length // 3)
-            tokens, _ = repeated_span(texts[i], texts[i + 1], span_tokens=SPAN_TOKENS, latest=latest, rng=rng)
-            asked = torch.arange(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1)
-        else:
-            sample = several_questions(
-                texts[i], tokenizer, kind=kind, count=QUESTIONS_ASKED, depth=rng.uniform(0, 0.5), seed=str(rng.random())
-            )
-            tokens, asked = sample.tokens, torch.tensor(sample.label_positions)
-        first = sparse.window_tokens + sparse.sink_tokens
-        text = torch.tensor(sorted(rng.sample(range(first, length - 1), min(TEXT_POSITIONS, length - 1 - first))))
-        logits = logits_at(model, tokens, torch.cat([asked, text]))
-        right = logits[: len(asked)].argmax(-1).cpu() == tokens[asked + 1]
-        found.append(Sample(kind, tokens, asked[right], text, logits[len(asked) :].cpu()))
+        kind, seed = KINDS[i % len(KINDS)], f"held out:{i}"
+        task = make_task(texts[i], texts[i + 1], tokenizer, sparse, kind=kind, span_tokens=SPAN_TOKENS, seed=seed)
+        task = dataclasses.replace(task, text=task.text[::2])
+        logits = logits_at(model, task)
+        right = logits[: len(task.answers)].argmax(-1).cpu() == task.tokens[task.answers + 1]
+        found.append(Sample(dataclasses.replace(task, answers=task.answers[right]), logits[len(right) :].cpu()))
     return found
 
 
-def logits_at(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+def logits_at(model: Any, task: Task) -> Tensor:
     """[positions, vocabulary]"""
-    return model(tokens[None].to(model.device), logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
+    positions = task.positions.to(model.device)
+    return model(task.tokens[None].to(model.device), logits_to_keep=positions, use_cache=False).logits[0]
 
 
 @torch.no_grad()
@@ -84,17 +70,16 @@ def left(model: Any, samples: list[Sample]) -> dict[str, list[float]]:
     """Per sample: "loss" on text less the dense model's, and "kl" to it, nats; by kind the share of "answers" left and their
     cross-entropy."""
     found: dict[str, list[float]] = defaultdict(list)
-    for sample in samples:
-        logits = logits_at(model, sample.tokens, torch.cat([sample.answers, sample.text])).float()
-        count = len(sample.answers)
-        dense, want = sample.logits.to(logits.device).float(), sample.tokens[sample.text + 1].to(logits.device)
-        student, teacher = logits[count:].log_softmax(-1), dense.log_softmax(-1)
+    for task, dense in ((s.task, s.logits) for s in samples):
+        logits = logits_at(model, task).float()
+        count = len(task.answers)
+        want = task.tokens[task.positions + 1].to(logits.device)
+        student, teacher = logits[count:].log_softmax(-1), dense.to(logits.device).float().log_softmax(-1)
         found["kl"].append(float(F.kl_div(student, teacher, reduction="batchmean", log_target=True)))
-        found["loss"].append(float(F.nll_loss(student, want) - F.nll_loss(teacher, want)))
+        found["loss"].append(float(F.nll_loss(student, want[count:]) - F.nll_loss(teacher, want[count:])))
         if count:
-            want = sample.tokens[sample.answers + 1].to(logits.device)
-            found[f"{sample.kind} answers"].append(float((logits[:count].argmax(-1) == want).float().mean()))
-            found[f"{sample.kind} nats"].append(float(F.cross_entropy(logits[:count], want)))
+            found[f"{task.kind} answers"].append(float((logits[:count].argmax(-1) == want[:count]).float().mean()))
+            found[f"{task.kind} nats"].append(float(F.cross_entropy(logits[:count], want[:count])))
     return dict(found)
 
 

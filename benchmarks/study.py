@@ -317,7 +317,6 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "share_0.30": {"calibrate": {"retrieval_ratio": 0.30}},
     "query_heads": {"calibrate": {"granularity": "head"}},
     "kv_groups": {"calibrate": {"granularity": "group"}},
-    "heads_by_gates": {"calibrate": {"scoring": "gates", "documents": 40}},
     "heads_by_needle": {"calibrate": {"scoring": "needle"}},
     "dimension_4": {"sparse": {"index_dim": 4}},
     "dimension_8": {"sparse": {"index_dim": 8}},
@@ -366,7 +365,7 @@ def ablation(
     config = dataclasses.replace(config, window_tokens=int(config.window_tokens * (window or {}).get("factor", 1.0)))
     stages = {
         "calibrate": CalibrateConfig(
-            **{"lengths_tokens": (length // 4, length // 2, length), "documents": 12} | (calibrate or {})
+            **{"lengths_tokens": (length // 4, length // 2, length), "documents": 18} | (calibrate or {})
         ),
         "train_indexer": IndexerConfig(
             **{"steps": 300, "length_tokens": length, "documents": 96, "capture_gib": args.capture_gib} | (indexer or {})
@@ -534,9 +533,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--min-probability", type=float, default=1e-4)
     parser.add_argument("--granularity", default="auto")
-    parser.add_argument("--scoring", default="effect", help="how heads are chosen; gates want 40 --calibrate-documents")
+    parser.add_argument("--scoring", default="gates", choices=("gates", "needle"), help="how heads are chosen")
     parser.add_argument("--retrieval-ratio", type=float, default=0.15)
-    parser.add_argument("--calibrate-documents", type=int, default=24)
+    parser.add_argument("--calibrate-documents", type=int, default=18)
     parser.add_argument("--check-samples", type=int, default=40)
     parser.add_argument("--index-steps", type=int, default=600)
     parser.add_argument("--index-documents", type=int, default=192)
@@ -545,7 +544,7 @@ def main() -> None:
     parser.add_argument("--distill-length", type=int, default=0, help="0: the longest of --lengths")
     parser.add_argument("--weights", default="lora", choices=("lora", "full"))
     parser.add_argument("--labels", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the distillation")
+    parser.add_argument("--learning-rate", type=float, default=DistillConfig.learning_rate, help="of the distillation")
     parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")
     parser.add_argument("--keep-activations", action="store_true", help="distil without gradient checkpointing")
     parser.add_argument("--samples", type=int, default=100, help="of every RULER task and needle kind")

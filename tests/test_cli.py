@@ -500,14 +500,14 @@ def test_the_papers_recipe_by_its_name(monkeypatch, asked):
 
 
 def test_flags_win_over_a_recipe(monkeypatch):
-    flags = "--top-p 0.8 --min-probability 0.01 --calibrate.scoring effect --indexer.start closed_form --distill.steps 5"
+    flags = "--top-p 0.8 --min-probability 0.01 --calibrate.scoring gates --indexer.start closed_form --distill.steps 5"
     for arguments in ([*flags.split(), "--recipe", "paper"], ["--recipe", "paper", *flags.split()]):
         config = cli._seeded(parsed(monkeypatch, *arguments))
         want = dataclasses.replace(
             PAPER,
             top_p=0.8,
             min_probability=0.01,
-            calibrate=dataclasses.replace(PAPER.calibrate, scoring="effect"),
+            calibrate=dataclasses.replace(PAPER.calibrate, scoring="gates"),
             indexer=dataclasses.replace(PAPER.indexer, start="closed_form"),
             distill=dataclasses.replace(PAPER.distill, steps=5),
         )

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rtpurbo import distillation
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.config import DistillConfig, IndexerConfig
-from rtpurbo.data import documents, mixed_document
+from rtpurbo.data import documents
 from rtpurbo.distillation import HELD_OUT_DOCUMENTS, distill, top_kl, training_batch
 from rtpurbo.evals.compare import both
 from rtpurbo.generate import load
 from rtpurbo.indexer_training import train_indexer
+from rtpurbo.questions import mixed_document
 from tiny_text import artifact_for, copy_model, everything_of, random_model
 
 LENGTH = 128

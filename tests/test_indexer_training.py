@@ -266,7 +266,7 @@ def test_steps_weigh_queries_by_their_far_mass(model, tokenizer, source, monkeyp
 
 
 def test_queries_of_answers_are_used_in_every_step(model, tokenizer, source, monkeypatch):
-    from rtpurbo.data import mixed_document
+    from rtpurbo.questions import mixed_document
 
     config = dataclasses.replace(CONFIG, retrieval_ratio=1.0, steps=7, queries=4, save_every=0)
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=config.documents + MEASURED_DOCUMENTS, seed=1)

@@ -9,8 +9,9 @@ import study_tables
 import rtpurbo
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
-from rtpurbo.data import documents, retrieval_sample
+from rtpurbo.data import documents
 from rtpurbo.pipeline import HELDOUT
+from rtpurbo.questions import retrieval_sample
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "artefacts" / "smollm2-135m-8k"

@@ -19,8 +19,9 @@ from tiny_text import copy_model, random_model
 
 SPARSE = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16)
 CONFIG = CalibrateConfig(
-    granularity="head", lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0, target_recovery=0.9
-)
+    granularity="head", scoring="needle", lengths_tokens=(320,), documents=3, retrieval_ratio=0.125, check_samples=0,
+    target_recovery=0.9,
+)  # fmt: skip
 
 
 def answers(single: list[int], multi_key: list[int], log_probability: list[float], likeliest: list[int]) -> Answers:
@@ -66,11 +67,10 @@ def test_kinds_that_the_dense_model_cannot_answer_do_not_count():
 def badly_scored(monkeypatch):
     """Scores that put the head that retrieves third of eight."""
 
-    def score(model, tokenizer, document, other, sparse, config, *, index, gates):
-        kind = calibration.KINDS[index % 3]
-        effect = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.8, 0.0]])
-        tables = {"needle": torch.zeros(2, 4), "far": torch.zeros(2, 4), "effect": effect}
-        return DocumentScore(kind, len(document), tables, 1.0)
+    needle = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.8, 0.0]])
+
+    def score(model, task, *_):
+        return DocumentScore(task.kind, len(task.tokens), 1.0, needle)
 
     monkeypatch.setattr(calibration, "score_document", score)
 

@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import SparseConfig
-from rtpurbo.data import _ADJECTIVES, _NOUNS, EVALUATION_TEMPLATE, TRAINING_TEMPLATES
 from rtpurbo.families import head_counts
 from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
+from rtpurbo.questions import _ADJECTIVES, _NOUNS, EVALUATION_TEMPLATE, TRAINING_TEMPLATES
 
 FILLERS = (
     "a about after again air all also always and any around at back be because been before began between book both boy "

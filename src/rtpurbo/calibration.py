@@ -2,22 +2,19 @@
 
 1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
    facts with five questions (of one kind: for one, for several, among many, along a chain), ordinary text.
-2. Needle score of a head (the paper's): attention mass from the later span to the earlier one.
-3. Effect of a head, one per kind and kind of question: what the model's answers lose when the head turns local, to first
-   order. Every head's output gets a gate between what it is and what it would be; the gradient of the objective is the
-   effect. Answers: the repeated span and the hidden facts, where the dense model gives them; the text's own next tokens.
-4. Rounds: effects are measured where all heads are full, then where the best so far are and all others local, fewer in
-   every round. What a head is for shows only when those that could stand in for it are local.
-5. Lengths at which the model cannot copy the span itself are left out. The effects of the heads of a KV group that is
-   chosen as a whole are added; a unit's score is its largest one over the kinds, each scaled to 1; the highest are
-   retrieval heads. With `target_recovery`: more of them than the share, until enough of what the dense model does is left
+2. Gates (gates.py): each document moves the gates of all heads against the gradient of a loss: cross-entropy of those
+   answers, of span and questions, that the dense model gives, and KL to the dense model on text. Within a shrinking budget,
+   so that every head is judged where the others are as they will be. A unit's score is its gate; the highest are retrieval
+   heads. With `target_recovery`: more of them than the share, until enough of what the dense model does is left
    (recovery.py).
-6. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
-7. Check: needle questions, dense model against dense retrieval heads + window.
+3. Or, with scoring="needle" (the paper's): attention mass from the later span to the earlier one.
+4. With `window_mass`: every local KV head gets the shortest window that keeps this share of its heads' near attention.
+5. Check: needle questions, dense model against dense retrieval heads + window.
 
-Every other document is drawn with another seed: its text, its needle, its positions. Both draws together decide; how far
-their choices agree when each decides alone says what another seed would have changed. That costs nothing, where a second
-calibration would double the time, and it errs on the safe side, because each draw has only half of the documents.
+Every other document is drawn with another seed: its text, its needle, its positions; each draw moves gates of its own. Both
+decide; how far their choices agree when each decides alone says what another seed would have changed. That costs nothing,
+where a second calibration would double the time, and it errs on the safe side, because each draw has only half of the
+documents.
 """
 
 from __future__ import annotations
@@ -35,19 +32,19 @@ from .attach import attached, borrowed, checkpoint_activations, gives_back, reco
 from .attention import Observed
 from .checkpoint import Artifact
 from .config import CalibrateConfig, SparseConfig, default_lengths, default_window_tokens
-from .data import KNOWN_TOKENS, documents, repeated_span, several_questions
+from .data import documents
 from .evals.needle import grade_all, needle_samples
 from .families import attention_layers, check_index_dim, check_lengths, context_tokens, head_counts
 from .gates import Gates, gated
 from .heads import HeadMap
 from .models import fingerprint, model_identity
-from .ops import far_slots, near_slots
+from .ops import near_slots
 from .progress import track
+from .questions import KNOWN_TOKENS, repeated_span, several_questions
 from .recovery import choose_share
 
 CAN_COPY = 0.3
-"""A length counts when the model predicts at least this share of the repeated span's tokens, a question likewise."""
-ROUNDS = 4
+"""A span counts when the model predicts at least this share of its tokens, a length when it does so on average."""
 KINDS = ("span", "question", "text")
 QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
 """Kinds of question, in turn."""
@@ -55,11 +52,32 @@ QUESTIONS_ASKED = 5
 """Questions in a document, at most: one alone says little about 300 heads, and a forward pass costs the same."""
 TEXT_POSITIONS = 512
 TEXT_WEIGHT = 10.0
-"""What a nat of KL on text weighs against a nat on an answer, when gates are learned."""
+"""What a nat of KL on text weighs against a nat on an answer."""
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
 OTHER_SEED = 1_000_003
 """Added to the seed for the second draw; so large that runs with neighbouring seeds share no draw."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A document, and what of it counts."""
+
+    kind: str
+    """"span", "text", or the kind of question"""
+    tokens: Tensor
+    """[length] int64"""
+    answers: Tensor
+    """Positions whose next token is part of an answer: of the later span, or of what is asked; none in ordinary text."""
+    text: Tensor
+    """Sampled positions beyond window and sinks."""
+    early: int = 0
+    """Where the earlier span begins."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Those of answers, then those of text."""
+        return torch.cat([self.answers, self.text])
 
 
 @dataclass
@@ -67,12 +85,13 @@ class DocumentScore:
     """What one document says about every head, as [layers, query heads] tables; unconverted layers are zero."""
 
     kind: str
-    """"span", "text", or the kind of question"""
     length_tokens: int
-    tables: dict[str, Tensor]
-    """"needle" (span documents), "far" (attention mass beyond the window), "effect" """
     right: float
-    """Share of the span's or answer's tokens that the dense model predicts; 1 for text."""
+    """Share of the answers' tokens that the dense model predicts; 1 for text."""
+    needle: Tensor
+    """Attention mass from the later span to the earlier one; of span documents."""
+    gradient: Tensor | None = None
+    """Of the loss by the gates; scoring="gates" alone."""
     kept: Tensor | None = None
     """[layers, query heads, rungs]: share of the mass in window and sinks that shorter windows keep (text documents)."""
 
@@ -113,64 +132,54 @@ def calibrate(
     check_index_dim(sparse, head_dim)
     lengths = config.lengths_tokens or default_lengths(context, sparse)
     check_lengths(lengths, context, sparse)
-    draws = (config, replace(config, seed=config.seed + OTHER_SEED))
+    seeds = (config.seed, config.seed + OTHER_SEED)  # one for each draw
     texts = [
-        {n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=draw.seed) for n in lengths}
-        for draw in draws
+        {n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=seed) for n in lengths}
+        for seed in seeds
     ]
-
-    def usable_lengths(some: list[DocumentScore]) -> list[int]:
-        return [n for n in lengths if _mean_copied(some, n) >= CAN_COPY]
-
-    def counted(some: list[DocumentScore]) -> list[DocumentScore]:
-        usable = usable_lengths(some)
-        return [s for s in some if (s.length_tokens in usable if usable else s.kind == "text")]
 
     unit = group_size if granularity == "group" else 1
     converted = [i in attention_layers(model) for i in range(layers)]
     drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
-    learned = [
+    gates = [
         Gates(converted, query_heads, unit, ratio=config.retrieval_ratio, steps=documents_of * len(lengths))
         for documents_of in (-(-config.documents // 2), config.documents // 2)
     ]
 
-    def score(of: tuple[int, ...]) -> Tensor:
+    def score(of: tuple[int, ...] = (0, 1)) -> Tensor:
         """[layers, query heads], from these draws."""
         if config.scoring == "gates":
-            return torch.stack([learned[draw].score for draw in of]).mean(0)
-        return combine(counted([s for draw in of for s in drawn[draw]]), config.scoring, unit)
+            return torch.stack([gates[draw].score for draw in of]).mean(0)
+        return needle_score([s for draw in of for s in drawn[draw]], unit)
 
     def choose(ratio: float, of: tuple[int, ...] = (0, 1)) -> HeadMap:
         rows = [row if there else None for row, there in zip(score(of).tolist(), converted, strict=True)]
         return HeadMap.from_scores(rows, kv_heads=kv_heads, granularity=granularity, ratio=ratio, threshold=config.threshold)
 
-    rounds = min(ROUNDS, config.documents // len(KINDS)) if config.scoring == "effect" and config.threshold is None else 1
-    plan = [(i * rounds // config.documents, at, i) for i in range(config.documents) for at in range(len(lengths))]
-    now, full = 0, torch.ones(layers, query_heads)
-    for turn, at, i in track(plan, total=len(plan), what="Calibrating on documents"):
-        if turn > now:
-            now, best = turn, choose(config.retrieval_ratio ** (turn / rounds))
-            full = torch.zeros(layers, query_heads)
-            for layer in best.layers:
-                full[layer, list(best.retrieval_heads(layer))] = 1.0
+    plan = [(i, at) for i in range(config.documents) for at in range(len(lengths))]
+    for i, at in track(plan, total=len(plan), what="Calibrating on documents"):
         number = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
-        draw = i % len(draws)  # kinds alternate in threes, so that both draws see all of them
+        draw = i % len(seeds)  # kinds alternate in threes, so that both draws see all of them
         document, other = (texts[draw][lengths[at]][n % (config.documents + 1)] for n in (number, number + 1))
-        index = i + len(KINDS) * at  # every length begins with another kind of question
-        gates = learned[draw].values if config.scoring == "gates" else full
-        found = score_document(model, tokenizer, document, other, sparse, draws[draw], index=index, gates=gates)
-        if config.scoring == "gates":
-            learned[draw].step(-found.tables["effect"])
+        kind, index = KINDS[i % len(KINDS)], i + len(KINDS) * at  # every length begins with another kind of question
+        if kind == "question":
+            kind = QUESTIONS[index // len(KINDS) % len(QUESTIONS)]
+        seed = f"{seeds[draw]}:{index}:{len(document)}"
+        task = make_task(document, other, tokenizer, sparse, kind=kind, span_tokens=config.needle_tokens, seed=seed)
+        found = score_document(model, task, sparse, config, gates[draw].values)
+        if found.gradient is not None:
+            gates[draw].step(found.gradient)
         drawn[draw].append(found)
     scores = drawn[0] + drawn[1]
-    usable = usable_lengths(scores)
+    copied = {n: _mean_copied(scores, n) for n in lengths}
+    usable = [n for n in lengths if copied[n] >= CAN_COPY]
     notes = []
     if not usable:
-        notes.append("The model itself cannot copy a repeated span at any of these lengths; ordinary text alone decided.")
+        notes.append("The model itself cannot copy a repeated span at any of these lengths; what else it knows decided.")
         if config.scoring == "needle":
             raise ValueError(
                 f"The model cannot copy a repeated span at {', '.join(map(str, lengths))} tokens, which is all that "
-                "scoring='needle' looks at; use scoring='effect' or other lengths."
+                "scoring='needle' looks at; use scoring='gates' or other lengths."
             )
 
     ratio = config.retrieval_ratio
@@ -183,20 +192,20 @@ def calibrate(
         )  # fmt: skip
         ratio, notes = recovered["chosen_ratio"], notes + more
     metrics: dict[str, Any] = {
-        "scores": [[round(x, 4) for x in row] for row in score((0, 1)).tolist()],
+        "scores": [[round(x, 4) for x in row] for row in score().tolist()],
         "lengths_tokens": list(lengths),
         "usable_lengths_tokens": usable,
-        "copy_accuracy": {str(n): _mean_copied(scores, n) for n in lengths},
+        "copy_accuracy": {str(n): share for n, share in copied.items()},
         "retrieval_head_ratio": heads.ratio,
         "full_kv_ratio": heads.full_kv_ratio,
     }
     if recovered:
         metrics["target_recovery"] = recovered
-    if config.documents >= len(KINDS) * len(draws):  # every draw has every kind
-        first, second = (choose(ratio, (draw,)) for draw in range(len(draws)))
+    if config.documents >= len(KINDS) * len(seeds):  # every draw has every kind
+        first, second = (choose(ratio, (draw,)) for draw in range(len(seeds)))
         metrics["overlap_between_seeds"] = first.overlap(second)
     if config.window_mass is not None:
-        kept = kept_by_group(counted(scores), heads)
+        kept = kept_by_group(scores, heads)
         heads = with_ladder(heads, kept, sparse.window_tokens, config.window_mass)
         metrics["window_ladder"] = {
             "rungs_tokens": list(rungs(sparse.window_tokens)),
@@ -217,93 +226,83 @@ def calibrate(
     return artifact.with_stage("calibrate", replace(config, lengths_tokens=tuple(lengths)), metrics)
 
 
-def score_document(
-    model: Any,
-    tokenizer: Any,
-    document: Tensor,
-    other: Tensor,
-    sparse: SparseConfig,
-    config: CalibrateConfig,
-    *,
-    index: int,
-    gates: Tensor | None = None,
-) -> DocumentScore:
-    """Scores of every head from document number `index`, whose kind follows from its number.
+def make_task(
+    document: Tensor, other: Tensor, tokenizer: Any, sparse: SparseConfig, *, kind: str, span_tokens: int, seed: str
+) -> Task:
+    """What is asked of a document.
 
     Args:
         document, other: [length] int64; a repeated span is a shuffled piece of `other`.
-        gates: [layers, query heads], how far every head is full (1) and not local (0) while effects are measured; default:
-            all are full.
+        kind: "span", "text" or a kind of question (`rtpurbo.questions.QUESTION_KINDS`).
+        span_tokens: length of a repeated span.
+
+    Raises:
+        ValueError: the document has no room for it.
     """
-    rng = random.Random(f"{config.seed}:{index}:{len(document)}")
-    kind, length, span = KINDS[index % len(KINDS)], len(document), config.needle_tokens
-    turn = index // len(KINDS)
+    rng, length = random.Random(seed), len(document)
     tokens, early, answers = document.clone(), 0, torch.tensor([], dtype=torch.long)
     if kind == "span":
-        newest = length - 2 * span - sparse.window_tokens  # the earlier span lies outside the later one's window
-        latest = min(newest, length // 3)
-        tokens, early = repeated_span(document, other, span_tokens=span, latest=latest, rng=rng)
-        answers = torch.arange(length - span + KNOWN_TOKENS, length - 1)
-    elif kind == "question":
-        kind = QUESTIONS[turn % len(QUESTIONS)]
+        newest = length - 2 * span_tokens - sparse.window_tokens  # the earlier span lies outside the later one's window
+        tokens, early = repeated_span(document, other, span_tokens=span_tokens, latest=min(newest, length // 3), rng=rng)
+        answers = torch.arange(length - span_tokens + KNOWN_TOKENS, length - 1)
+    elif kind != "text":
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
-        seed = str(rng.random())
-        sample = several_questions(document, tokenizer, kind=kind, count=QUESTIONS_ASKED, depth=depth, seed=seed)
+        asked, chosen = QUESTIONS_ASKED, str(rng.random())
+        sample = several_questions(document, tokenizer, kind=kind, count=asked, depth=depth, seed=chosen)
         tokens, answers = sample.tokens, torch.tensor(sample.label_positions)
-    body = torch.tensor([], dtype=torch.long)
-    if kind == "text" or config.scoring == "gates":
-        low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
-        count = min(TEXT_POSITIONS, length - 1 - low)
-        body = torch.tensor(sorted(rng.sample(range(low, length - 1), count)))
-    positions = torch.cat([answers, body])
+    low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
+    text = torch.tensor(sorted(rng.sample(range(low, length - 1), min(TEXT_POSITIONS, length - 1 - low))))
+    return Task(kind, tokens, answers, text, early)
+
+
+def score_document(
+    model: Any, task: Task, sparse: SparseConfig, config: CalibrateConfig, gates: Tensor | None = None
+) -> DocumentScore:
+    """Scores of every head from one document.
+
+    Args:
+        gates: [layers, query heads], how far every head is full (1) and not local (0); default: all are full.
+    """
+    tokens, answers, positions, length = task.tokens, task.answers, task.positions, len(task.tokens)
     with borrowed(model), torch.no_grad():  # what the dense model does not do, no head is needed for
         inputs = tokens[None].to(model.device)
         dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
     done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
     right = done.float().mean().item() if len(answers) else 1.0
     layers, query_heads, _, _ = head_counts(model)
-    tables = {name: torch.zeros(layers, query_heads) for name in ("needle", "far", "effect")}
-    ladder = rungs(sparse.window_tokens) if kind == "text" and config.window_mass is not None else ()
+    needle = torch.zeros(layers, query_heads)
+    ladder = rungs(sparse.window_tokens) if task.kind == "text" and config.window_mass is not None else ()
     kept = torch.zeros(layers, query_heads, len(ladder))
-    shown = answers if len(answers) else body
+    shown = answers if len(answers) else task.text
     shown = shown[:: max(1, len(shown) // 64)]
 
     def observe(seen: Observed) -> None:
+        if task.kind != "span" and not ladder:
+            return
         rows = shown.to(seen.q.device)
         weights = attention_rows(seen, rows)  # [Hq, rows, N]
-        beyond = far_slots(rows, length, sparse.window_tokens, sparse.sink_tokens)
-        tables["far"][seen.layer] = (weights * beyond).sum(-1).mean(-1).cpu()
         if ladder:
             kept[seen.layer] = kept_mass(weights, rows, ladder, sparse.sink_tokens).cpu()
-        if kind == "span":
-            tables["needle"][seen.layer] = weights[..., early : early + span].sum(-1).mean(-1).cpu()
+        else:
+            needle[seen.layer] = weights[..., task.early : task.early + config.needle_tokens].sum(-1).mean(-1).cpu()
 
-    def learned_loss(logits: Tensor) -> Tensor:
-        """What the gates learn from: the answers, and the dense model's next tokens."""
+    def loss(logits: Tensor) -> Tensor:
         count = len(answers)
         student, teacher = (x[count:].float().log_softmax(-1) for x in (logits, dense))
-        loss = TEXT_WEIGHT * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        found = TEXT_WEIGHT * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         if done.any():
             expected = tokens[answers[done] + 1].to(logits.device)
-            loss = loss + F.cross_entropy(logits[:count][done.to(logits.device)].float(), expected)
-        return loss
+            found = found + F.cross_entropy(logits[:count][done.to(logits.device)].float(), expected)
+        return found
 
-    def effect_loss(logits: Tensor) -> Tensor:
-        """Answers: the right token's logit against all others (it does not saturate); text: its log-probability."""
-        counted = done if done.any() else torch.ones(len(positions), dtype=torch.bool)
-        want = tokens[positions[counted] + 1].to(logits.device)[:, None]
-        scores = logits[counted.to(logits.device)].float()
-        others = scores if kind == "text" else scores.scatter(1, want, -torch.inf)
-        return (others.logsumexp(-1) - scores.gather(1, want)[:, 0]).mean()
-
-    if config.by_gradient:
+    gradient = None
+    if config.scoring == "gates":
         at = torch.ones(layers, query_heads) if gates is None else gates
-        loss = learned_loss if config.scoring == "gates" else effect_loss
-        tables["effect"] = -gate_gradient(model, tokens, positions, sparse, at, loss, observe)
+        gradient = gate_gradient(model, tokens, positions, sparse, at, loss, observe)
     else:
         with torch.no_grad(), recording(model, observe):
-            model(tokens[None].to(model.device), logits_to_keep=1)
-    return DocumentScore(kind, length, tables, right, kept if ladder else None)
+            model(inputs, logits_to_keep=1)
+    return DocumentScore(task.kind, length, right, needle, gradient, kept if ladder else None)
 
 
 def gate_gradient(
@@ -315,10 +314,7 @@ def gate_gradient(
     loss: Callable[[Tensor], Tensor],
     observe: Callable[[Observed], None],
 ) -> Tensor:
-    """[layers, query heads]: what `loss` of the logits at `positions` gains when a head becomes more full, to first order.
-
-    Its negative is what a full head's turning local costs, and what a local head's turning full would win.
-    """
+    """[layers, query heads]: how much more `loss` of the logits at `positions` becomes with a gate, per unit of it."""
     at = gates.to(model.device, torch.float32, copy=True).requires_grad_(True)
     with borrowed(model), torch.enable_grad(), gated(model, sparse, at, observe):
         model.requires_grad_(False)
@@ -390,33 +386,17 @@ def with_ladder(heads: HeadMap, kept: Tensor, window_tokens: int, window_mass: f
     return replace(heads, windows=windows)
 
 
-def combine(scores: list[DocumentScore], scoring: str, unit: int = 1) -> Tensor:
-    """[layers, query heads] in [0, 1]: the largest of the scores that `scoring` names, each scaled to 1.
-
-    Every document counts the same. Questions of which the dense model gets too little right do not count.
+def needle_score(scores: list[DocumentScore], unit: int = 1) -> Tensor:
+    """[layers, query heads] in [0, 1]: mean needle mass over the spans that the dense model copies, the largest one 1.
 
     Args:
-        unit: query heads that are chosen together; their effects are added, of the paper's masses the largest counts, and
-            all get the same score.
+        unit: query heads that are chosen together; all get the largest of their scores.
     """
-    kinds = {
-        "effect": [("effect", kind) for kind in ("span", *QUESTIONS, "text")],
-        "attention": [("needle", "span"), ("far", "text")],
-        "needle": [("needle", "span")],
-    }[scoring]
-    parts = []
-    for table, kind in kinds:
-        some = [s.tables[table] for s in scores if s.kind == kind and s.right >= CAN_COPY]
-        if some:
-            units = torch.stack([t / t.clamp(min=0).sum().clamp(min=1e-12) for t in some]).mean(0).unflatten(1, (-1, unit))
-            whole = units.sum(-1) if table == "effect" else units.amax(-1)
-            parts.append(_scaled(whole).repeat_interleave(unit, 1))
-    return torch.stack(parts).amax(0)
-
-
-def _scaled(table: Tensor) -> Tensor:
-    positive = table.clamp(min=0)
-    return positive / positive.max().clamp(min=1e-12)
+    spans = [s.needle for s in scores if s.kind == "span" and s.right >= CAN_COPY]
+    if not spans:
+        return torch.zeros_like(scores[0].needle)
+    units = torch.stack(spans).mean(0).unflatten(1, (-1, unit)).amax(-1)
+    return (units / units.max().clamp(min=1e-12)).repeat_interleave(unit, 1)
 
 
 def _mean_copied(scores: list[DocumentScore], length: int) -> float:

@@ -131,14 +131,13 @@ class CalibrateConfig:
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
     """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
-    scoring: Literal["effect", "gates", "attention", "needle"] = "effect"
-    """Score heads by what the model loses without their far attention (effect), by gates that learn which heads may do
-    without it (gates; give it 40 documents or more), by needle and far attention mass (attention), or by the needle alone
-    (needle, the paper)."""
+    scoring: Literal["gates", "needle"] = "gates"
+    """Score heads by gates that learn which of them may do without far attention (gates), or by the attention from a
+    repeated span to where it was before (needle, the paper)."""
     lengths_tokens: tuple[int, ...] = ()
     """Document lengths in tokens; empty: a quarter, a half and all of the context (at most 32768), at least 2 windows."""
-    documents: int = 9
-    """Documents per length: repeated spans, questions and ordinary text in turn."""
+    documents: int = 18
+    """Documents per length: repeated spans, questions and ordinary text in turn. Gates move once for each."""
     needle_tokens: int = 48
     """Length of the repeated needle span in tokens."""
     window_mass: float | None = None
@@ -156,8 +155,7 @@ class CalibrateConfig:
         _require(self.granularity in ("auto", "head", "group"), "granularity", "'auto', 'head' or 'group'", self.granularity)
         _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
         _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
-        known = ("effect", "gates", "attention", "needle")
-        _require(self.scoring in known, "scoring", f"one of {', '.join(known)}", self.scoring)
+        _require(self.scoring in ("gates", "needle"), "scoring", "'gates' or 'needle'", self.scoring)
         _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
         mass = self.window_mass
@@ -170,11 +168,6 @@ class CalibrateConfig:
                 "leave one of them out."
             )
         _require(self.check_samples >= 0, "check_samples", "0 or more", self.check_samples)
-
-    @property
-    def by_gradient(self) -> bool:
-        """Whether scores need a backward pass."""
-        return self.scoring in ("effect", "gates")
 
     def chosen_unit(self, group_size: int) -> Granularity:
         """What is chosen in a model with `group_size` query heads for each KV head."""

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig
-from .data import documents, retrieval_sample
+from .data import documents
 from .evals.compare import both
 from .pipeline import HELDOUT, ConvertConfig, convert, say
 from .progress import track
+from .questions import retrieval_sample
 
 SOURCES = ("installed-docs",)
 QUESTION_TOKENS = 2048
@@ -22,7 +23,7 @@ def demo_config(seed: int) -> ConvertConfig:
     return ConvertConfig(
         window_tokens=256,
         calibrate=CalibrateConfig(
-            granularity="group", scoring="gates", retrieval_ratio=0.25, lengths_tokens=(1024,), documents=6,
+            granularity="group", retrieval_ratio=0.25, lengths_tokens=(1024,), documents=6,
             check_samples=2, seed=seed,
         ),
         indexer=IndexerConfig(

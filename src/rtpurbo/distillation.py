@@ -32,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from .attach import attach, checkpoint_activations, detach, gives_back, paused
 from .checkpoint import Artifact, check_fingerprint, writing
 from .config import DistillConfig
-from .data import documents, mixed_document, pieces, shorter, shortest_document, shortest_piece
+from .data import documents
 from .families import document_length, text_attention
 from .models import public_name
+from .questions import mixed_document, pieces, shorter, shortest_document, shortest_piece
 from .training import prepare, stage_inputs, train, trainable_state
 
 LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

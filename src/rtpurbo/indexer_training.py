@@ -28,12 +28,13 @@ from .attach import gives_back, recording
 from .attention import Observed
 from .checkpoint import Artifact, check_fingerprint
 from .config import IndexDtype, IndexerConfig, SparseConfig
-from .data import documents, mixed_document, shorter, shortest_document
+from .data import documents
 from .families import document_length, head_counts
 from .heads import HeadMap
 from .indexer import LayerIndexer, indexer_from_state, make_indexer, stored_keys
 from .ops import far_slots, index_scores, top_p_threshold
 from .progress import track
+from .questions import mixed_document, shorter, shortest_document
 from .training import stage_inputs, train, trainable_state
 
 CAPTURED_PER_STEP = 4

@@ -113,21 +113,21 @@ def memory(shape: Shape, config: Any, *, gpu_bytes: int = 0) -> dict[str, dict[s
 
 
 def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> dict[str, int]:
-    """Scores by effect or gates run forward and backward with every layer recomputed.
+    """Gates run forward and backward with every layer recomputed.
 
-    - hidden states: what enters each layer, N h e per layer (scoring "effect" and "gates");
+    - hidden states: what enters each layer, N h e per layer (scoring "gates");
     - layer: one layer's recomputation and gradients, (25 h + 13 f) N; or the whole attention of 64 queries, three
       float32 copies [query heads, 64, N], with queries, keys and outputs 12 h N;
-    - logits: 512 labels in e bytes and four float32 copies; for gates the dense model's too, and five.
+    - logits: 512 labels of both models in e bytes and five float32 copies; without gates the dense model's alone.
     """
     lengths = config.lengths_tokens or default_lengths(min(shape.context_tokens, LONGEST_TOKENS), sparse)
     n = max(lengths)
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
-    layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if config.by_gradient else shape.forward(n)
+    gates = config.scoring == "gates"
+    layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if gates else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
-    copies = 2 * shape.element_bytes + 20 if config.scoring == "gates" else shape.element_bytes + 16
-    logits = TEXT_POSITIONS * shape.vocabulary * copies
-    held = shape.layers * n * shape.hidden * shape.element_bytes if config.by_gradient else 0
+    logits = TEXT_POSITIONS * shape.vocabulary * (2 * shape.element_bytes + 20 if gates else shape.element_bytes)
+    held = shape.layers * n * shape.hidden * shape.element_bytes if gates else 0
     return {"hidden states": held, "layer or logits": max(layer, rows, logits, checked - held)}
 
 

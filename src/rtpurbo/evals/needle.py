@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import RetrievalSample, retrieval_sample
 from ..progress import track
+from ..questions import RetrievalSample, retrieval_sample
 
 DEPTHS = 5
 BATCH_TOKENS = 16384
