@@ -26,7 +26,7 @@ from rtpurbo.data import documents
 from rtpurbo.gates import Gates, within_budget
 from rtpurbo.heads import HeadMap
 from rtpurbo.models import fingerprint
-from rtpurbo.questions import several_questions
+from rtpurbo.questions import training_sample
 from tiny_text import RETRIEVAL_HEAD, copy_model, everything_of, random_model, text_source
 
 SPARSE = SparseConfig(window_tokens=64, sink_tokens=4, index_dim=16)
@@ -167,18 +167,18 @@ def test_what_counts_in_a_document_of_questions(model, tokenizer, source, monkey
     asked, counted = [], []
 
     def ask(*args, **settings):
-        asked.append(several_questions(*args, **settings))
+        asked.append(training_sample(*args, **settings))
         return asked[-1]
 
     def gradient(model, tokens, positions, sparse, gates, loss, observe):
         counted.append((positions, loss))
         return torch.zeros(2, 4)
 
-    monkeypatch.setattr(calibration, "several_questions", ask)
+    monkeypatch.setattr(calibration, "training_sample", ask)
     monkeypatch.setattr(calibration, "gate_gradient", gradient)
     for length, questions in ((400, 5), (60, 1)):
         texts = documents([source], tokenizer, length_tokens=length, count=2, seed=0)
-        task = make_task(*texts, tokenizer, SPARSE, kind="single", span_tokens=48, seed="a")
+        task = make_task(*texts, tokenizer, SPARSE, kind="single", span_tokens=48, seed="c")
         score = score_document(model, task, SPARSE, CONFIG)
         sample, (positions, loss) = asked.pop(), counted.pop()
         assert score.kind == sample.kind == "single"

@@ -21,10 +21,9 @@ from rtpurbo.questions import (
     check_room,
     mixed_document,
     pieces,
-    question_document,
     repeated_span,
     retrieval_sample,
-    several_questions,
+    training_sample,
 )
 from tiny_text import prose, text_source
 
@@ -129,12 +128,14 @@ def test_chains_can_be_followed(byte_tokenizer, chain):
 def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
     """Same wording, other facts: the example's answer is in its own part only, and both parts can be answered."""
     haystack = torch.tensor(byte_tokenizer(prose(1500)).input_ids)[:6000]
+    monkeypatch.setattr(questions, "TRAINING_TEMPLATES", TRAINING_TEMPLATES[:1])
+    monkeypatch.setattr(questions, "TRAINING_CHAINS", TRAINING_CHAINS[1:2])
     wording = {"template": TRAINING_TEMPLATES[0], "chain": TRAINING_CHAINS[1]}
 
     def ask(length: int, example: bool):
-        return question_document(
-            haystack[:length], byte_tokenizer, kind=kind, depth=0.5, seed="s", example=example, **wording
-        )
+        monkeypatch.setattr(questions, "EXAMPLES", float(example))
+        sample = training_sample(haystack[:length], byte_tokenizer, kind=kind, depth=0.5, seed="s")
+        return sample.tokens, sample.label_positions
 
     tokens, positions = ask(6000, True)
     assert len(tokens) == 6000
@@ -162,11 +163,11 @@ def test_an_answered_example_comes_first(byte_tokenizer, kind, monkeypatch):
 def test_some_training_questions_have_an_example(byte_tokenizer):
     haystack = torch.tensor(byte_tokenizer(prose(900)).input_ids)[:3000]
     found = []
-    for seed in range(80):
+    for seed in range(200):
         tokens, answers = mixed_document(haystack, byte_tokenizer, retrieval_ratio=1.0, seed=str(seed))
         assert len(tokens) == 3000
         found.append(answers[0] < 512)
-    assert 0.1 < sum(found) / 80 < 0.5
+    assert 0.1 < sum(found) / 200 < 0.5
 
 
 def test_where_little_fits_less_is_asked_for(tokenizer):
@@ -234,13 +235,14 @@ def test_several_questions(byte_tokenizer, kind, monkeypatch):
     """All facts come before all questions, whose answers are among the facts; as many questions as fit."""
     monkeypatch.setattr(questions, "TRAINING_TEMPLATES", [EVALUATION_TEMPLATE])
     monkeypatch.setattr(questions, "TRAINING_CHAINS", [EVALUATION_CHAIN])
+    monkeypatch.setattr(questions, "EXAMPLES", 0.0)
     fact, question = "One of the special magic numbers", "\n\nWhat"
     if kind == "chain":
         fact, question = " wears shirt number", "\n\nWhich teams"
     haystack = torch.tensor(byte_tokenizer(prose(2000)).input_ids)[:9000]
 
     def ask(length: int, count: int):
-        return several_questions(haystack[:length], byte_tokenizer, kind=kind, count=count, depth=0.5, seed="s")
+        return training_sample(haystack[:length], byte_tokenizer, kind=kind, count=count, depth=0.5, seed="s")
 
     sample = ask(9000, 4)
     text = byte_tokenizer.decode(sample.tokens)
@@ -268,7 +270,7 @@ def test_half_of_the_documents_with_several_questions_ask_in_one_wording(byte_to
     haystack = torch.tensor(byte_tokenizer(prose(1000)).input_ids)[:4000]
     wordings = []
     for seed in range(60):
-        sample = several_questions(haystack, byte_tokenizer, kind="single", count=5, depth=0.5, seed=str(seed))
+        sample = training_sample(haystack, byte_tokenizer, kind="single", count=5, depth=0.5, seed=str(seed))
         asked = byte_tokenizer.decode(sample.tokens).split("\n\n")[-5:]
         wordings.append(len({question[:8] for question in asked}))
     assert 20 <= wordings.count(1) <= 40

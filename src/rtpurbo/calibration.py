@@ -1,7 +1,8 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
 1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
-   facts with five questions (of one kind: for one, for several, among many, along a chain), ordinary text.
+   facts with five questions (of one kind: for one, for several, among many, along a chain), some after an answered
+   example far ahead of them, ordinary text.
 2. Gates (gates.py): each document moves the gates of all heads against the gradient of a loss: cross-entropy of those
    answers, of span and questions, that the dense model gives, and KL to the dense model on text. Within a shrinking budget,
    so that every head is judged where the others are as they will be. A unit's score is its gate; the highest are retrieval
@@ -40,7 +41,7 @@ from .heads import HeadMap
 from .models import fingerprint, model_identity
 from .ops import near_slots
 from .progress import track
-from .questions import KNOWN_TOKENS, repeated_span, several_questions
+from .questions import KNOWN_TOKENS, repeated_span, training_sample
 from .recovery import choose_share
 
 CAN_COPY = 0.3
@@ -248,7 +249,7 @@ def make_task(
     elif kind != "text":
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
         asked, chosen = QUESTIONS_ASKED, str(rng.random())
-        sample = several_questions(document, tokenizer, kind=kind, count=asked, depth=depth, seed=chosen)
+        sample = training_sample(document, tokenizer, kind=kind, depth=depth, seed=chosen, count=asked)
         tokens, answers = sample.tokens, torch.tensor(sample.label_positions)
     low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
     text = torch.tensor(sorted(rng.sample(range(low, length - 1), min(TEXT_POSITIONS, length - 1 - low))))

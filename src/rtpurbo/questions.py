@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,9 @@ _ASKED = {"single": 1, "multi_key": 1, "many_keys": 1, "multi_value": 2, "multi_
 _MOST_ASKED = 5
 _MOST_FACTS = 400
 SAME_WORDING = 0.5
-"""Share of the documents with several questions that ask all of them in the same words."""
+"""Share of training's documents with several questions that ask all of them in the same words."""
+EXAMPLES = 0.3
+"""Share of training's documents with questions that begin with an example, answered."""
 
 
 def retrieval_sample(
@@ -202,33 +204,47 @@ def retrieval_sample(
         depth: where the first fact asked for goes, in [0, 1].
         template, chain: wording of facts and questions; of chains.
     """
-    most = _ASKED.get(kind) or random.Random(f"{seed}:asked").randint(2, _MOST_ASKED)
-    for count in range(most, _ASKED.get(kind, 2) - 1, -1):
-        rng = random.Random(seed)
-        facts = _facts(template, chain, kind, count, rng)
-        sample = _hidden(haystack, tokenizer, [facts], kind=kind, depth=depth, rng=rng)
-        if sample is not None:
-            return sample
-    raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
+    return _asked(haystack, tokenizer, [(template, chain)], kind=kind, depth=depth, seed=seed)
 
 
-def several_questions(
-    haystack: Tensor, tokenizer: Any, *, kind: str, count: int, depth: float, seed: str
+def training_sample(
+    document: Tensor, tokenizer: Any, *, kind: str, depth: float, seed: str, count: int = 1
 ) -> RetrievalSample:
     """As `retrieval_sample`, with up to `count` questions of a kind, as many as fit, in training's wordings, half of the
     time all in the same one: all facts are hidden in the document, then every question is asked and answered in turn, so
     that the earlier ones are examples to the later ones, which none must copy.
 
+    Three in ten documents begin, where there is room, with a short text of its own with such a question, answered: whoever
+    only looks for the question's words finds the wrong answer, far away.
+
     Raises:
         ValueError: not even one fits.
     """
-    for most in range(count, 0, -1):
+    rng = random.Random(f"{seed}:training")
+    wordings = [(rng.choice(TRAINING_TEMPLATES), rng.choice(TRAINING_CHAINS)) for _ in range(count)]
+    if rng.random() < SAME_WORDING:
+        wordings = wordings[:1] * count
+    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
+    if rng.random() < EXAMPLES and len(document) >= 4 * SHORTEST_TOKENS:
+        of = partial(_asked, tokenizer=tokenizer, kind=kind, depth=depth)
+        with suppress(ValueError):  # a tokenizer may take many tokens for these words
+            first = of(document[: SHORTEST_TOKENS - len(gap)], wordings=wordings[:1], seed=f"{seed}:example")
+            rest = of(document[SHORTEST_TOKENS:], wordings=wordings, seed=seed)
+            later = tuple((SHORTEST_TOKENS + start, SHORTEST_TOKENS + stop) for start, stop in rest.answers)
+            return replace(rest, tokens=torch.cat([first.tokens, gap, rest.tokens]), answers=first.answers + later)
+    return _asked(document, tokenizer, wordings, kind=kind, depth=depth, seed=seed)
+
+
+def _asked(
+    haystack: Tensor, tokenizer: Any, wordings: list[tuple[Template, ChainTemplate]], *, kind: str, depth: float, seed: str
+) -> RetrievalSample:
+    """A question in each of these wordings; where that does not fit, fewer of them, then one for fewer values."""
+    fewer = [(number, _MOST_ASKED) for number in range(len(wordings), 0, -1)]
+    fewer += [(1, most) for most in range(_MOST_ASKED - 1, 1, -1)] * (kind not in _ASKED)
+    for number, most in fewer:
         rng = random.Random(seed)
-        wordings = [(rng.choice(TRAINING_TEMPLATES), rng.choice(TRAINING_CHAINS)) for _ in range(most)]
-        if rng.random() < SAME_WORDING:
-            wordings = wordings[:1] * most
-        asked = [_facts(*wording, kind, _ASKED.get(kind) or rng.randint(2, _MOST_ASKED), rng) for wording in wordings]
-        sample = _hidden(haystack, tokenizer, asked, kind=kind, depth=depth, rng=rng)
+        facts = [_facts(*wording, kind, _ASKED.get(kind) or rng.randint(2, most), rng) for wording in wordings[:number]]
+        sample = _hidden(haystack, tokenizer, facts, kind=kind, depth=depth, rng=rng)
         if sample is not None:
             return sample
     raise ValueError(f"A document of {len(haystack)} tokens is too short for a {kind!r} question; use 256 or more.")
@@ -365,8 +381,6 @@ TRAINING_KINDS = (
     "span", "span", "single", "single", "multi_key", "many_keys", "many_values", "many_values", "many_queries", "chain",
 )  # fmt: skip
 """What asks for something from far away in training, as often as it is named."""
-EXAMPLES = 0.3
-"""Share of the questions in training before which one of the same wording is answered."""
 SPAN_TOKENS = 48
 KNOWN_TOKENS = 4
 """First tokens of a repeated span, which do not yet say what follows."""
@@ -424,42 +438,5 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
         return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
-    return question_document(
-        document,
-        tokenizer,
-        kind=kind,
-        depth=rng.random(),
-        seed=seed,
-        template=rng.choice(TRAINING_TEMPLATES),
-        chain=rng.choice(TRAINING_CHAINS),
-        example=rng.random() < EXAMPLES,
-    )
-
-
-def question_document(
-    document: Tensor,
-    tokenizer: Any,
-    *,
-    kind: str,
-    depth: float,
-    seed: str,
-    template: Template,
-    chain: ChainTemplate,
-    example: bool,
-) -> tuple[Tensor, list[int]]:
-    """A document that ends with a question, and, where an `example` is asked for and fits, begins with one of the same
-    wording, answered: whoever only looks for the question's words finds the wrong answer.
-
-    Returns:
-        tokens [length], and the positions whose next token is part of an answer, those of the example first.
-    """
-    ask = partial(retrieval_sample, tokenizer=tokenizer, kind=kind, template=template, chain=chain)
-    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
-    if example and len(document) >= 4 * SHORTEST_TOKENS:
-        with suppress(ValueError):  # it does not fit, where a tokenizer takes many tokens for these words
-            first = ask(document[: SHORTEST_TOKENS - len(gap)], depth=depth, seed=f"{seed}:example")
-            sample = ask(document[SHORTEST_TOKENS:], depth=depth, seed=seed)
-            tokens = torch.cat([first.tokens, gap, sample.tokens])
-            return tokens, first.label_positions + [SHORTEST_TOKENS + t for t in sample.label_positions]
-    sample = ask(document, depth=depth, seed=seed)
+    sample = training_sample(document, tokenizer, kind=kind, depth=rng.random(), seed=seed)
     return sample.tokens, sample.label_positions
