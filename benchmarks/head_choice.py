@@ -2,9 +2,10 @@
 
     python benchmarks/head_choice.py smollm2-135m --length 768 --window 96 --choices needle:9 gates:24 gates:60 -o FILE
 
-A choice is SCORING:DOCUMENTS of `rtpurbo calibrate`, with :SHARE for another one than --retrieval-ratio. Held-out documents
-say what is left: of the answers that the dense model gives (several questions of one kind in a document, a repeated span),
-and of its next-token distribution beyond the window. The file is written after every choice.
+A choice is SCORING:DOCUMENTS of `rtpurbo calibrate`, with :SHARE for another one than --retrieval-ratio, and then :WEIGHT
+for another text_weight. Held-out documents say what is left: of the answers that the dense model gives (several questions
+of one kind in a document, a repeated span), and of its next-token distribution beyond the window; --tasks adds RULER's.
+The file is written after every choice.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import rtpurbo
 from rtpurbo.attach import attached
 from rtpurbo.calibration import QUESTIONS, Task, make_task
 from rtpurbo.checkpoint import write_json
-from rtpurbo.config import CalibrateConfig, SparseConfig
+from rtpurbo.config import CalibrateConfig, EvalConfig, SparseConfig
 from rtpurbo.data import documents
+from rtpurbo.evals.harness import load_tasks, score_tasks
 from rtpurbo.evals.statistics import paired
+from rtpurbo.families import context_tokens
 from rtpurbo.models import load_model
 
 KINDS = ("span", *QUESTIONS)
@@ -83,6 +86,11 @@ def left(model: Any, samples: list[Sample]) -> dict[str, list[float]]:
     return dict(found)
 
 
+def means(found: dict[str, list[float]]) -> dict[str, float]:
+    """For the person who waits."""
+    return {name: round(sum(values) / len(values), 4) for name, values in found.items()}
+
+
 def main() -> None:
     """Calibrate every choice, measure what it leaves, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,6 +105,11 @@ def main() -> None:
     parser.add_argument("--retrieval-ratio", type=float, default=0.15)
     parser.add_argument("--documents", type=int, default=30, help="held out, of each source")
     parser.add_argument("--choices", nargs="+", required=True)
+    parser.add_argument("--tasks", nargs="+", default=[], help="of RULER, by lm-evaluation-harness, at --length")
+    parser.add_argument("--no-dense", action="store_true", help="leave the tasks of the dense model out")
+    parser.add_argument("--task-samples", type=int, default=100)
+    parser.add_argument("--task-batch", type=int, default=16)
+    parser.add_argument("--ruler-files", help="folder with RULER's essays and question sets; default: downloaded")
     parser.add_argument("--commit")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
@@ -105,17 +118,32 @@ def main() -> None:
     size = {"length": args.length, "count": args.documents}
     samples = {source: held_out(model, tokenizer, source, sparse, **size) for source in args.dev}
     lengths = tuple(args.calibrate_lengths or [args.length])
-    skipped = ("output", "commit", "model")
+    settings = EvalConfig(
+        lengths_tokens=(args.length,), tasks=tuple(args.tasks), task_limit=args.task_samples, task_batch=args.task_batch,
+        ruler_files=args.ruler_files,
+    )  # fmt: skip
+    tasks = load_tasks(tokenizer, settings) if args.tasks else {}
+
+    def scores() -> dict[str, list[float]]:
+        """Per task of RULER what the model scores on each sample."""
+        rows = score_tasks(model, tokenizer, tasks, settings, context_tokens(model)) if tasks else []
+        return {row["task"]: row["scores"] for row in rows}
+
+    skipped = ("output", "commit", "model", "ruler_files")
     result: dict[str, Any] = {
         "environment": environment(args.commit),
         "settings": {key: value for key, value in vars(args).items() if key not in skipped},
         "choices": [],
     }
+    if args.tasks and not args.no_dense:
+        result["dense_tasks"] = scores()
+        print("dense", means(result["dense_tasks"]), flush=True)
     for choice in args.choices:
-        scoring, count, *share = choice.split(":")
+        scoring, count, *more = choice.split(":")
         config = CalibrateConfig(
             granularity=args.granularity, scoring=scoring, documents=int(count), lengths_tokens=lengths, check_samples=0,
-            retrieval_ratio=float(share[0]) if share else args.retrieval_ratio,
+            retrieval_ratio=float(more[0]) if more else args.retrieval_ratio,
+            text_weight=float(more[1]) if more[1:] else CalibrateConfig.text_weight,
         )  # fmt: skip
         begin = time.perf_counter()
         artifact = rtpurbo.calibrate(model, tokenizer, args.train, config, sparse)
@@ -124,13 +152,14 @@ def main() -> None:
         row["overlap_between_seeds"] = artifact.stages["calibrate"]["metrics"].get("overlap_between_seeds")
         with attached(model, artifact.heads, sparse):
             row["left"] = {Path(source).name: left(model, some) for source, some in samples.items()}
+            row["tasks"] = scores()
         result["choices"].append(row)
         write_json(args.output, result)
         first = result["choices"][0]["left"]
         for source, found in row["left"].items():
-            line = {name: round(sum(values) / len(values), 4) for name, values in found.items()}
             apart = paired(first[source]["kl"], found["kl"])["difference_95"]
-            print(choice, source, row["seconds"], "s", row["overlap_between_seeds"], line, "kl, 95 %:", apart, flush=True)
+            print(choice, source, row["seconds"], "s", row["overlap_between_seeds"], means(found), "kl, 95 %:", apart)
+        print(choice, means(row["tasks"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def test_every_field_is_documented(cls):
         (CalibrateConfig, {"granularity": "layer"}, r"granularity must be 'auto', 'head' or 'group', got 'layer'\."),
         (CalibrateConfig, {"retrieval_ratio": 0}, r"retrieval_ratio must be in \(0, 1\], got 0\."),
         (CalibrateConfig, {"threshold": 2.0}, r"threshold must be in \[0, 1\], got 2\.0\."),
+        (CalibrateConfig, {"text_weight": -1.0}, r"text_weight must be 0 or more, got -1\.0\."),
         (CalibrateConfig, {"window_mass": 0.0}, r"window_mass must be in \(0, 1\], got 0\.0\."),
         (CalibrateConfig, {"target_recovery": 0.0}, r"target_recovery must be in \(0, 1\], got 0\.0\."),
         (

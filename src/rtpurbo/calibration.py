@@ -52,8 +52,6 @@ QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
 QUESTIONS_ASKED = 5
 """Questions in a document, at most: one alone says little about 300 heads, and a forward pass costs the same."""
 TEXT_POSITIONS = 512
-TEXT_WEIGHT = 10.0
-"""What a nat of KL on text weighs against a nat on an answer."""
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
 OTHER_SEED = 1_000_003
@@ -290,7 +288,7 @@ def score_document(
     def loss(logits: Tensor) -> Tensor:
         count = len(answers)
         student, teacher = (x[count:].float().log_softmax(-1) for x in (logits, dense))
-        found = TEXT_WEIGHT * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        found = config.text_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         if done.any():
             expected = tokens[answers[done] + 1].to(logits.device)
             found = found + F.cross_entropy(logits[:count][done.to(logits.device)].float(), expected)

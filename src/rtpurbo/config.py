@@ -140,6 +140,8 @@ class CalibrateConfig:
     """Documents per length: repeated spans, questions and ordinary text in turn. Gates move once for each."""
     needle_tokens: int = 48
     """Length of the repeated needle span in tokens."""
+    text_weight: float = 10.0
+    """What a nat of KL on ordinary text weighs against a nat on an answer, when gates learn."""
     window_mass: float | None = None
     """Give every local KV head the shortest window (an eighth, a quarter, a half or all of window_tokens, at least 128) that
     keeps this share, in (0, 1], of its attention mass in window and sinks on ordinary text; default: all of it."""
@@ -158,6 +160,7 @@ class CalibrateConfig:
         _require(self.scoring in ("gates", "needle"), "scoring", "'gates' or 'needle'", self.scoring)
         _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
+        _require(self.text_weight >= 0, "text_weight", "0 or more", self.text_weight)
         mass = self.window_mass
         _require(mass is None or 0.0 < mass <= 1.0, "window_mass", "in (0, 1]", mass)
         target = self.target_recovery
