@@ -207,10 +207,8 @@ def test_both_spans_are_there_and_the_earlier_one_lies_outside_the_laters_window
         assert torch.equal(task.tokens[task.early : task.early + 48], task.tokens[-48:])
         assert task.early + 48 <= 320 - 48 - SPARSE.window_tokens
         assert task.answers.tolist() == list(range(320 - 48 + 4, 319))
-    text = make_task(*texts, tokenizer, SPARSE, kind="text", span_tokens=48, seed="0")
-    assert torch.equal(text.tokens, texts[0])
-    assert text.positions.tolist() == text.text.tolist()
-    assert text.text.min() >= 68
+        assert task.text.min() >= 68
+        assert task.positions.tolist() == task.answers.tolist() + task.text.tolist()
 
 
 # Attention
@@ -241,10 +239,7 @@ def test_needle_score_by_hand(model, tokenizer, source):
     assert span.needle[RETRIEVAL_HEAD] > 0.9
     assert span.needle[0, 1:3].max() < 1e-3  # one and two tokens back
     assert span.right > 0.8
-    text = score("text")
-    assert text.kind == "text"
-    assert (text.needle == 0).all()
-    assert text.right == 1.0
+    assert (score("single").needle == 0).all()
 
 
 def test_scoring_by_needle_needs_no_gradients(model, tokenizer, source, monkeypatch):
@@ -324,7 +319,7 @@ def test_needle_scores_to_heads_by_hand():
         fake("span", 100, [[0.2, 0.0, 0.0, 0.0], [0.0, 0.6, 0.0, 0.0]]),
         fake("span", 200, [[0.3, 0.0, 0.0, 0.0], [0.0, 0.2, 0.0, 0.0]]),
         fake("span", 200, [[0.0, 0.0, 0.0, 9.0], [0.0, 0.0, 0.0, 0.0]], right=0.2),  # not copied
-        fake("single", 100), fake("text", 100),
+        fake("single", 100), fake("chain", 100),
     ]  # fmt: skip
     torch.testing.assert_close(needle_score(scores), torch.tensor([[0.625, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]))
     torch.testing.assert_close(needle_score(scores, 2), torch.tensor([[0.625, 0.625, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
@@ -345,16 +340,15 @@ def tasks_seen(monkeypatch, score) -> list[tuple[str, int, int, torch.Tensor]]:
     return seen
 
 
-def test_every_length_meets_every_kind_and_begins_with_another_question(model, tokenizer, source, monkeypatch):
+def test_every_length_meets_every_kind_of_question_and_begins_with_another(model, tokenizer, source, monkeypatch):
     seen = tasks_seen(monkeypatch, lambda kind, length, seed: fake(kind, length, [[1.0] * 4] * 2))
     config = dataclasses.replace(CONFIG, scoring="needle", documents=15, lengths_tokens=(200, 320))
     calibrate(model, tokenizer, [source], config, SPARSE)
     order = ("single", "many_values", "chain", "many_keys", "many_queries")
-    for length, first in ((200, 0), (320, 1)):
+    for length, first in ((200, 0), (320, 2)):
         kinds = [kind for kind, n, _, _ in seen if n == length]
         assert kinds[::3] == ["span"] * 5
-        assert kinds[2::3] == ["text"] * 5
-        assert kinds[1::3] == [*order[first:], *order[:first]]
+        assert [kind for kind in kinds if kind != "span"] == [*order[first:], *order, *order[:first]]
 
 
 def test_gates_of_a_draw_move_with_its_documents(model, tokenizer, source, monkeypatch):
@@ -385,7 +379,7 @@ def test_spans_that_the_model_cannot_copy_are_left_out(model, tokenizer, source,
 
     def score(kind: str, length: int, seed: int) -> DocumentScore:
         easy = length == 120
-        return fake(kind, length, good if easy else bad, right=(0.9 if easy else 0.1) if kind == "span" else 1.0)
+        return fake(kind, length, good if easy else bad, right=0.9 if easy else 0.1)
 
     tasks_seen(monkeypatch, score)
     config = dataclasses.replace(CONFIG, scoring="needle", lengths_tokens=(120, 160))
@@ -425,7 +419,7 @@ def test_the_overlap_is_that_of_two_seeds(model, tokenizer, source, monkeypatch,
         drawn = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=seed)
         assert any(torch.equal(document, text) for text in drawn)
     first, second = by_seed[7], by_seed[7 + calibration.OTHER_SEED]
-    assert set(first) == set(second) == {(kind, length) for kind in calibration.KINDS for length in (200, 320)}
+    assert set(first) == set(second) == {(kind, length) for kind in ("span", "question") for length in (200, 320)}
     assert len(first) - len(second) == 2 * (count % 2)
 
 
@@ -503,15 +497,15 @@ def test_kept_mass_is_the_share_that_a_shorter_window_leaves_of_a_local_heads_at
 
 
 def test_the_head_and_the_length_that_keep_least_decide():
-    def text(length: int, *rows: list[float]) -> DocumentScore:
+    def document(length: int, *rows: list[float]) -> DocumentScore:
         table = torch.tensor(rows)[:, :, None].expand(-1, -1, 2).clone()
         table[..., 1] = 1.0
-        return dataclasses.replace(fake("text", length), kept=table)
+        return dataclasses.replace(fake("single", length), kept=table)
 
     heads = HeadMap(query_heads=4, kv_heads=2, granularity="group", retrieval=(None, ()))
     scores = [
-        text(100, [0.0] * 4, [1.0, 0.9, 1.0, 1.0]), text(100, [0.0] * 4, [1.0, 0.7, 1.0, 1.0]),
-        text(200, [0.0] * 4, [1.0, 1.0, 0.95, 1.0]), fake("span", 100),
+        document(100, [0.0] * 4, [1.0, 0.9, 1.0, 1.0]), document(100, [0.0] * 4, [1.0, 0.7, 1.0, 1.0]),
+        document(200, [0.0] * 4, [1.0, 1.0, 0.95, 1.0]),
     ]  # fmt: skip
     kept = calibration.kept_by_group(scores, heads)
     torch.testing.assert_close(kept[1], torch.tensor([[0.8, 1.0], [0.95, 1.0]]))

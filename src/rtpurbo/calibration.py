@@ -1,10 +1,10 @@
 """Find the retrieval heads (paper, section 3.1): calibrate(model, tokenizer, ...) -> Artifact.
 
-1. Documents of several lengths, of three kinds in turn: an identical random span near the start and at the end, hidden
+1. Documents of several lengths: one in three has an identical random span near the start and at the end, the others hidden
    facts with five questions (of one kind: for one, for several, among many, along a chain), some after an answered
-   example far ahead of them, ordinary text.
+   example far ahead of them.
 2. Gates (gates.py): each document moves the gates of all heads against the gradient of a loss: cross-entropy of those
-   answers, of span and questions, that the dense model gives, and KL to the dense model on text. Within a shrinking budget,
+   answers, of span and questions, that the dense model gives, and KL to it on the text between. Within a shrinking budget,
    so that every head is judged where the others are as they will be. A unit's score is its gate; the highest are retrieval
    heads. With `target_recovery`: more of them than the share, until enough of what the dense model does is left
    (recovery.py).
@@ -46,12 +46,15 @@ from .recovery import choose_share
 
 CAN_COPY = 0.3
 """A span counts when the model predicts at least this share of its tokens, a length when it does so on average."""
-KINDS = ("span", "question", "text")
+CYCLE = 3
+"""One document in so many has a span."""
 QUESTIONS = ("single", "many_values", "chain", "many_keys", "many_queries")
 """Kinds of question, in turn."""
 QUESTIONS_ASKED = 5
 """Questions in a document, at most: one alone says little about 300 heads, and a forward pass costs the same."""
 TEXT_POSITIONS = 512
+ROWS = 64
+"""Queries of a document whose whole attention is looked at, at most."""
 SHORTEST_WINDOW_TOKENS = 128
 """No rung of the window ladder is shorter, but for window_tokens itself."""
 OTHER_SEED = 1_000_003
@@ -63,11 +66,11 @@ class Task:
     """A document, and what of it counts."""
 
     kind: str
-    """"span", "text", or the kind of question"""
+    """"span", or the kind of question"""
     tokens: Tensor
     """[length] int64"""
     answers: Tensor
-    """Positions whose next token is part of an answer: of the later span, or of what is asked; none in ordinary text."""
+    """Positions whose next token is part of an answer: of the later span, or of what is asked."""
     text: Tensor
     """Sampled positions beyond window and sinks."""
     early: int = 0
@@ -86,13 +89,13 @@ class DocumentScore:
     kind: str
     length_tokens: int
     right: float
-    """Share of the answers' tokens that the dense model predicts; 1 for text."""
+    """Share of the answers' tokens that the dense model predicts."""
     needle: Tensor
-    """Attention mass from the later span to the earlier one; of span documents."""
+    """Attention mass from the later span to the earlier one; of documents with a span."""
     gradient: Tensor | None = None
     """Of the loss by the gates; scoring="gates" alone."""
     kept: Tensor | None = None
-    """[layers, query heads, rungs]: share of the mass in window and sinks that shorter windows keep (text documents)."""
+    """[layers, query heads, rungs]: share of the mass in window and sinks that shorter windows keep, for `window_mass`."""
 
 
 @gives_back
@@ -157,12 +160,11 @@ def calibrate(
 
     plan = [(i, at) for i in range(config.documents) for at in range(len(lengths))]
     for i, at in track(plan, total=len(plan), what="Calibrating on documents"):
-        number = i % len(KINDS) * -(-config.documents // len(KINDS)) + i // len(KINDS)  # every kind meets every source
+        number = i % CYCLE * -(-config.documents // CYCLE) + i // CYCLE  # every kind meets every source
         draw = i % len(seeds)  # kinds alternate in threes, so that both draws see all of them
         document, other = (texts[draw][lengths[at]][n % (config.documents + 1)] for n in (number, number + 1))
-        kind, index = KINDS[i % len(KINDS)], i + len(KINDS) * at  # every length begins with another kind of question
-        if kind == "question":
-            kind = QUESTIONS[index // len(KINDS) % len(QUESTIONS)]
+        index = i + CYCLE * at  # every length begins with another kind of question
+        kind = QUESTIONS[(index - index // CYCLE - 1) % len(QUESTIONS)] if index % CYCLE else "span"
         seed = f"{seeds[draw]}:{index}:{len(document)}"
         task = make_task(document, other, tokenizer, sparse, kind=kind, span_tokens=config.needle_tokens, seed=seed)
         found = score_document(model, task, sparse, config, gates[draw].values)
@@ -200,7 +202,7 @@ def calibrate(
     }
     if recovered:
         metrics["target_recovery"] = recovered
-    if config.documents >= len(KINDS) * len(seeds):  # every draw has every kind
+    if config.documents >= CYCLE * len(seeds):  # every draw has spans and questions
         first, second = (choose(ratio, (draw,)) for draw in range(len(seeds)))
         metrics["overlap_between_seeds"] = first.overlap(second)
     if config.window_mass is not None:
@@ -232,19 +234,18 @@ def make_task(
 
     Args:
         document, other: [length] int64; a repeated span is a shuffled piece of `other`.
-        kind: "span", "text" or a kind of question (`rtpurbo.questions.QUESTION_KINDS`).
+        kind: "span" or a kind of question (`rtpurbo.questions.QUESTION_KINDS`).
         span_tokens: length of a repeated span.
 
     Raises:
         ValueError: the document has no room for it.
     """
-    rng, length = random.Random(seed), len(document)
-    tokens, early, answers = document.clone(), 0, torch.tensor([], dtype=torch.long)
+    rng, length, early = random.Random(seed), len(document), 0
     if kind == "span":
         newest = length - 2 * span_tokens - sparse.window_tokens  # the earlier span lies outside the later one's window
         tokens, early = repeated_span(document, other, span_tokens=span_tokens, latest=min(newest, length // 3), rng=rng)
         answers = torch.arange(length - span_tokens + KNOWN_TOKENS, length - 1)
-    elif kind != "text":
+    else:
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
         asked, chosen = QUESTIONS_ASKED, str(rng.random())
         sample = training_sample(document, tokenizer, kind=kind, depth=depth, seed=chosen, count=asked)
@@ -267,22 +268,17 @@ def score_document(
         inputs = tokens[None].to(model.device)
         dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
     done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
-    right = done.float().mean().item() if len(answers) else 1.0
     layers, query_heads, _, _ = head_counts(model)
     needle = torch.zeros(layers, query_heads)
-    ladder = rungs(sparse.window_tokens) if task.kind == "text" and config.window_mass is not None else ()
+    ladder = rungs(sparse.window_tokens) if config.window_mass is not None else ()
     kept = torch.zeros(layers, query_heads, len(ladder))
-    shown = answers if len(answers) else task.text
-    shown = shown[:: max(1, len(shown) // 64)]
 
     def observe(seen: Observed) -> None:
-        if task.kind != "span" and not ladder:
-            return
-        rows = shown.to(seen.q.device)
-        weights = attention_rows(seen, rows)  # [Hq, rows, N]
         if ladder:
-            kept[seen.layer] = kept_mass(weights, rows, ladder, sparse.sink_tokens).cpu()
-        else:
+            rows = _spread(task.text).to(seen.q.device)
+            kept[seen.layer] = kept_mass(attention_rows(seen, rows), rows, ladder, sparse.sink_tokens).cpu()
+        if task.kind == "span":
+            weights = attention_rows(seen, _spread(answers).to(seen.q.device))  # [Hq, rows, N]
             needle[seen.layer] = weights[..., task.early : task.early + config.needle_tokens].sum(-1).mean(-1).cpu()
 
     def loss(logits: Tensor) -> Tensor:
@@ -301,7 +297,12 @@ def score_document(
     else:
         with torch.no_grad(), recording(model, observe):
             model(inputs, logits_to_keep=1)
+    right = done.float().mean().item()
     return DocumentScore(task.kind, length, right, needle, gradient, kept if ladder else None)
+
+
+def _spread(positions: Tensor) -> Tensor:
+    return positions[:: -(-len(positions) // ROWS)]
 
 
 def gate_gradient(
@@ -356,11 +357,10 @@ def kept_mass(weights: Tensor, rows: Tensor, ladder: tuple[int, ...], sink_token
 def kept_by_group(scores: list[DocumentScore], heads: HeadMap) -> Tensor:
     """[layers, KV heads, rungs]: `kept_mass` of the KV head's query head that keeps least, at the length where it does.
 
-    At each length it is the mean of the text documents.
+    At each length it is the mean of the documents.
     """
-    texts = [s for s in scores if s.kept is not None]
-    lengths = sorted({s.length_tokens for s in texts})
-    means = [torch.stack([s.kept for s in texts if s.kept is not None and s.length_tokens == n]).mean(0) for n in lengths]
+    lengths = sorted({s.length_tokens for s in scores})
+    means = [torch.stack([s.kept for s in scores if s.kept is not None and s.length_tokens == n]).mean(0) for n in lengths]
     return torch.stack(means).amin(0).unflatten(1, (heads.kv_heads, -1)).amin(2)
 
 

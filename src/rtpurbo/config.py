@@ -137,14 +137,14 @@ class CalibrateConfig:
     lengths_tokens: tuple[int, ...] = ()
     """Document lengths in tokens; empty: a quarter, a half and all of the context (at most 32768), at least 2 windows."""
     documents: int = 18
-    """Documents per length: repeated spans, questions and ordinary text in turn. Gates move once for each."""
+    """Documents per length, a third with repeated spans, the others with questions. Gates move once for each."""
     needle_tokens: int = 48
     """Length of the repeated needle span in tokens."""
     text_weight: float = 10.0
-    """What a nat of KL on ordinary text weighs against a nat on an answer, when gates learn."""
+    """What a nat of KL on the text between weighs against a nat on an answer, when gates learn."""
     window_mass: float | None = None
     """Give every local KV head the shortest window (an eighth, a quarter, a half or all of window_tokens, at least 128) that
-    keeps this share, in (0, 1], of its attention mass in window and sinks on ordinary text; default: all of it."""
+    keeps this share, in (0, 1], of its attention mass in window and sinks; default: all of it."""
     target_recovery: float | None = None
     """Take as many heads as recover this share, in (0, 1], of the dense model's answers and of its probability of ordinary
     text, with nothing trained: retrieval_ratio at least, all at most. Default: retrieval_ratio."""
@@ -158,7 +158,7 @@ class CalibrateConfig:
         _require(0.0 < self.retrieval_ratio <= 1.0, "retrieval_ratio", "in (0, 1]", self.retrieval_ratio)
         _require(self.threshold is None or 0.0 <= self.threshold <= 1.0, "threshold", "in [0, 1]", self.threshold)
         _require(self.scoring in ("gates", "needle"), "scoring", "'gates' or 'needle'", self.scoring)
-        _require(self.documents >= 3, "documents", "at least 3 (one of each kind)", self.documents)
+        _require(self.documents >= 3, "documents", "at least 3 (a span and two questions)", self.documents)
         _require(self.needle_tokens >= 8, "needle_tokens", "at least 8 tokens", self.needle_tokens)
         _require(self.text_weight >= 0, "text_weight", "0 or more", self.text_weight)
         mass = self.window_mass

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .calibration import TEXT_POSITIONS
+from .calibration import ROWS, TEXT_POSITIONS
 from .config import LONGEST_TOKENS, CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, default_lengths
 from .distillation import LABELS_PER_PIECE
 from .evals.needle import BATCH_TOKENS
@@ -25,8 +25,6 @@ from .indexer_training import CAPTURED_PER_STEP, QUESTION_TOKENS
 GIB = 2**30
 RESERVED_GIB = 1.0
 """Of a GPU: CUDA's context, cuBLAS, and what the allocator cannot reuse; an allowance, not computed."""
-ROWS = 64
-"""Queries whose whole attention calibration looks at, per layer."""
 EVALUATED_LABELS = 1024
 """Positions whose logits the evaluation has in float32 at a time."""
 CROWDED = 4
