@@ -111,9 +111,7 @@ def test_the_gradient_is_the_slope_of_the_loss(tokenizer, source, gates):
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, tokens[positions + 1])
 
-    seen_layers = []
-    got = gate_gradient(model, tokens, positions, SPARSE, at, loss_of, lambda seen: seen_layers.append(seen.layer))
-    assert seen_layers == [0, 1, 2]
+    got = gate_gradient(model, tokens, positions, SPARSE, at, loss_of)
     attentions = [layer.self_attn for layer in model.model.layers]
 
     @torch.no_grad()
@@ -170,7 +168,7 @@ def test_what_counts_in_a_document_of_questions(model, tokenizer, source, monkey
         asked.append(training_sample(*args, **settings))
         return asked[-1]
 
-    def gradient(model, tokens, positions, sparse, gates, loss, observe):
+    def gradient(model, tokens, positions, sparse, gates, loss):
         counted.append((positions, loss))
         return torch.zeros(2, 4)
 
@@ -189,7 +187,7 @@ def test_what_counts_in_a_document_of_questions(model, tokenizer, source, monkey
         assert score.right > 0.5
         rest = positions[len(sample.label_positions) :].tolist()
         assert positions.tolist() == sample.label_positions + rest
-        assert len(set(rest)) == max(1, min(512, length - 1 - 68))
+        assert rest == (sorted({*range(68, length - 1)} - {*sample.label_positions}) or [58])
         want = sample.tokens[torch.tensor(right) + 1][:, None]
         expected = (logits[right].logsumexp(-1) - logits[right].gather(1, want)[:, 0]).mean()
         torch.testing.assert_close(loss(logits[positions]), expected)
@@ -207,7 +205,7 @@ def test_both_spans_are_there_and_the_earlier_one_lies_outside_the_laters_window
         assert torch.equal(task.tokens[task.early : task.early + 48], task.tokens[-48:])
         assert task.early + 48 <= 320 - 48 - SPARSE.window_tokens
         assert task.answers.tolist() == list(range(320 - 48 + 4, 319))
-        assert task.text.min() >= 68
+        assert task.text.tolist() == list(range(68, 320 - 48 - 1))
         assert task.positions.tolist() == task.answers.tolist() + task.text.tolist()
 
 
@@ -287,13 +285,13 @@ def test_heads_of_a_unit_share_a_gate():
 
 
 def test_a_head_that_stands_in_for_another_is_not_kept_beside_it():
-    """Two heads that do the same have no effect while both are open; one of them stays."""
-    gates = Gates([True], 4, 1, ratio=0.25, steps=40)
+    """Two heads that do the same cost little while the other is open; where there is room for two, one of them stays."""
+    gates = Gates([True], 4, 1, ratio=0.5, steps=40)
     for _ in range(40):
         at = gates.values[0].clone().requires_grad_(True)
-        (1 - torch.maximum(at[0], at[1]) + 0.1 * (1 - at[2])).backward()
+        (1 - torch.maximum(at[0], 0.95 * at[1]) + 0.1 * (1 - at[2])).backward()
         gates.step(at.grad[None])
-    assert gates.values[0].argmax() in (0, 1)
+    assert gates.values[0].tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0], abs=0.1)
 
 
 def test_gates_need_no_more_than_the_model_does_itself(tokenizer, source):
@@ -342,20 +340,24 @@ def tasks_seen(monkeypatch, score) -> list[tuple[str, int, int, torch.Tensor]]:
 
 def test_every_length_meets_every_kind_of_question_and_begins_with_another(model, tokenizer, source, monkeypatch):
     seen = tasks_seen(monkeypatch, lambda kind, length, seed: fake(kind, length, [[1.0] * 4] * 2))
-    config = dataclasses.replace(CONFIG, scoring="needle", documents=15, lengths_tokens=(200, 320))
+    config = dataclasses.replace(CONFIG, scoring="needle", documents=18, lengths_tokens=(200, 320))
     calibrate(model, tokenizer, [source], config, SPARSE)
     order = ("single", "many_values", "chain", "many_keys", "many_queries")
     for length, first in ((200, 0), (320, 2)):
-        kinds = [kind for kind, n, _, _ in seen if n == length]
-        assert kinds[::3] == ["span"] * 5
-        assert [kind for kind in kinds if kind != "span"] == [*order[first:], *order, *order[:first]]
+        for draw in (0, 1):
+            kinds = [kind for kind, n, _, _ in seen if n == length][draw::2]
+            assert kinds[::3] == ["span"] * len(kinds[::3])
+            turning = [*order[first:], *order, *order]
+            asked = [kind for kind in kinds if kind != "span"]
+            assert asked == turning[: len(asked)]
+            assert set(asked) == set(order)
 
 
 def test_gates_of_a_draw_move_with_its_documents(model, tokenizer, source, monkeypatch):
-    """One draw's documents want head 2, the other's head 3 of layer 1; the budget leaves one of eight to each."""
+    """One draw's documents want head 2, the other's head 3 of layer 1; the budget leaves two of eight to each draw."""
     seen = []
 
-    def gradient(model, tokens, positions, sparse, gates, loss, observe):
+    def gradient(model, tokens, positions, sparse, gates, loss):
         wanted = 2 + len(seen) % 2
         seen.append((wanted, gates))
         slope = torch.zeros(2, 4)
@@ -416,7 +418,7 @@ def test_the_overlap_is_that_of_two_seeds(model, tokenizer, source, monkeypatch,
     by_seed = {}
     for kind, length, seed, document in seen:
         by_seed.setdefault(seed, []).append(("question" if kind in calibration.QUESTIONS else kind, length))
-        drawn = documents([source], tokenizer, length_tokens=length, count=count + 1, seed=seed)
+        drawn = documents([source], tokenizer, length_tokens=length, count=-(-count // 2) + 1, seed=seed)
         assert any(torch.equal(document, text) for text in drawn)
     first, second = by_seed[7], by_seed[7 + calibration.OTHER_SEED]
     assert set(first) == set(second) == {(kind, length) for kind in ("span", "question") for length in (200, 320)}
@@ -576,16 +578,19 @@ def test_the_model_comes_back_unchanged(tokenizer, source, scoring, how):
     assert everything_of(model) == before
 
 
-def test_the_model_comes_back_unchanged_after_an_error(tokenizer, source, monkeypatch):
+@pytest.mark.parametrize(
+    ("scoring", "part"), [("gates", "gates.window_attention"), ("needle", "calibration.attention_rows")]
+)
+def test_the_model_comes_back_unchanged_after_an_error(tokenizer, source, monkeypatch, scoring, part):
     model = copy_model()
     before = everything_of(model)
 
-    def fail(seen, rows):
+    def fail(*args, **kwargs):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(calibration, "attention_rows", fail)
+    monkeypatch.setattr(f"rtpurbo.{part}", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        calibrate(model, tokenizer, [source], CONFIG, SPARSE)
+        calibrate(model, tokenizer, [source], dataclasses.replace(CONFIG, scoring=scoring), SPARSE)
     assert everything_of(model) == before
 
 

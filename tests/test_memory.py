@@ -109,7 +109,7 @@ def test_gates_against_live_tensors():
             def loss(logits: torch.Tensor) -> torch.Tensor:
                 return logits.float().logsumexp(-1).sum()
 
-            calibration.gate_gradient(model, tokens, positions, sparse, gates, loss, lambda seen: None)
+            calibration.gate_gradient(model, tokens, positions, sparse, gates, loss)
         peaks.append(live.peak)
         shape = Shape.of(model)
         assert live.peak == pytest.approx(shape.layer(length, 25, 13) + layers * length * 2 * shape.hidden, rel=0.1)

@@ -260,7 +260,8 @@ def test_several_questions(byte_tokenizer, kind, monkeypatch):
     assert len(few.tokens) == 1200
     assert 1 <= byte_tokenizer.decode(few.tokens).count(question) < 40
     one = ask(1200, 1)
-    assert one.depth == pytest.approx(0.5, abs=0.5 if kind in ("chain", "many_values") else 0)  # theirs are sorted
+    if kind not in ("chain", "many_values"):  # theirs are sorted
+        assert one.depth == 0.5
     assert byte_tokenizer.decode(one.tokens).count(question) == 1
     with pytest.raises(ValueError, match=f"20 tokens is too short for a '{kind}' question"):
         ask(20, 4)

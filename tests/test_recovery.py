@@ -90,6 +90,12 @@ def test_heads_are_added_until_the_target_is_reached(tokenizer, source, badly_sc
     assert line.startswith("Target recovery 0.9: 33% chosen (share and recovery: 12% ")
 
 
+def test_gates_that_find_the_head_reach_the_target_at_once(tokenizer, source):
+    made = calibrate(copy_model(), tokenizer, [source], dataclasses.replace(CONFIG, scoring="gates"), SPARSE)
+    assert made.heads.retrieval == ((), (2,))
+    assert [row["ratio"] for row in made.stages["calibrate"]["metrics"]["target_recovery"]["tried"]] == [0.125]
+
+
 def test_without_a_target_nothing_changes(tokenizer, source, badly_scored):
     made = calibrate(copy_model(), tokenizer, [source], dataclasses.replace(CONFIG, target_recovery=None), SPARSE)
     assert made.heads.retrieval == ((0,), ())

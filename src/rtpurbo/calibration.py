@@ -72,7 +72,7 @@ class Task:
     answers: Tensor
     """Positions whose next token is part of an answer: of the later span, or of what is asked."""
     text: Tensor
-    """Sampled positions beyond window and sinks."""
+    """Other positions beyond window and sinks, sampled."""
     early: int = 0
     """Where the earlier span begins."""
 
@@ -135,8 +135,9 @@ def calibrate(
     lengths = config.lengths_tokens or default_lengths(context, sparse)
     check_lengths(lengths, context, sparse)
     seeds = (config.seed, config.seed + OTHER_SEED)  # one for each draw
+    of_draw = (-(-config.documents // 2), config.documents // 2)
     texts = [
-        {n: documents(sources, tokenizer, length_tokens=n, count=config.documents + 1, seed=seed) for n in lengths}
+        {n: documents(sources, tokenizer, length_tokens=n, count=of_draw[0] + 1, seed=seed) for n in lengths}
         for seed in seeds
     ]
 
@@ -144,8 +145,7 @@ def calibrate(
     converted = [i in attention_layers(model) for i in range(layers)]
     drawn: tuple[list[DocumentScore], list[DocumentScore]] = ([], [])
     gates = [
-        Gates(converted, query_heads, unit, ratio=config.retrieval_ratio, steps=documents_of * len(lengths))
-        for documents_of in (-(-config.documents // 2), config.documents // 2)
+        Gates(converted, query_heads, unit, ratio=config.retrieval_ratio, steps=count * len(lengths)) for count in of_draw
     ]
 
     def score(of: tuple[int, ...] = (0, 1)) -> Tensor:
@@ -160,10 +160,10 @@ def calibrate(
 
     plan = [(i, at) for i in range(config.documents) for at in range(len(lengths))]
     for i, at in track(plan, total=len(plan), what="Calibrating on documents"):
-        number = i % CYCLE * -(-config.documents // CYCLE) + i // CYCLE  # every kind meets every source
-        draw = i % len(seeds)  # kinds alternate in threes, so that both draws see all of them
-        document, other = (texts[draw][lengths[at]][n % (config.documents + 1)] for n in (number, number + 1))
-        index = i + CYCLE * at  # every length begins with another kind of question
+        turn, draw = divmod(i, len(seeds))
+        number = turn % CYCLE * -(-of_draw[0] // CYCLE) + turn // CYCLE  # sources alternate, so that every kind meets all
+        document, other = (texts[draw][lengths[at]][n % (of_draw[0] + 1)] for n in (number, number + 1))
+        index = turn + CYCLE * at  # every length begins with another kind of question
         kind = QUESTIONS[(index - index // CYCLE - 1) % len(QUESTIONS)] if index % CYCLE else "span"
         seed = f"{seeds[draw]}:{index}:{len(document)}"
         task = make_task(document, other, tokenizer, sparse, kind=kind, span_tokens=config.needle_tokens, seed=seed)
@@ -241,17 +241,20 @@ def make_task(
         ValueError: the document has no room for it.
     """
     rng, length, early = random.Random(seed), len(document), 0
+    end = length - 1
     if kind == "span":
         newest = length - 2 * span_tokens - sparse.window_tokens  # the earlier span lies outside the later one's window
         tokens, early = repeated_span(document, other, span_tokens=span_tokens, latest=min(newest, length // 3), rng=rng)
         answers = torch.arange(length - span_tokens + KNOWN_TOKENS, length - 1)
+        end = length - span_tokens - 1
     else:
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
         asked, chosen = QUESTIONS_ASKED, str(rng.random())
         sample = training_sample(document, tokenizer, kind=kind, depth=depth, seed=chosen, count=asked)
         tokens, answers = sample.tokens, torch.tensor(sample.label_positions)
     low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
-    text = torch.tensor(sorted(rng.sample(range(low, length - 1), min(TEXT_POSITIONS, length - 1 - low))))
+    rest = sorted({*range(low, end)} - {*answers.tolist()}) or [low]
+    text = torch.tensor(sorted(rng.sample(rest, min(TEXT_POSITIONS, len(rest)))))
     return Task(kind, tokens, answers, text, early)
 
 
@@ -264,10 +267,6 @@ def score_document(
         gates: [layers, query heads], how far every head is full (1) and not local (0); default: all are full.
     """
     tokens, answers, positions, length = task.tokens, task.answers, task.positions, len(task.tokens)
-    with borrowed(model), torch.no_grad():  # what the dense model does not do, no head is needed for
-        inputs = tokens[None].to(model.device)
-        dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
-    done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
     layers, query_heads, _, _ = head_counts(model)
     needle = torch.zeros(layers, query_heads)
     ladder = rungs(sparse.window_tokens) if config.window_mass is not None else ()
@@ -277,9 +276,14 @@ def score_document(
         if ladder:
             rows = _spread(task.text).to(seen.q.device)
             kept[seen.layer] = kept_mass(attention_rows(seen, rows), rows, ladder, sparse.sink_tokens).cpu()
-        if task.kind == "span":
+        if config.scoring == "needle" and task.kind == "span":
             weights = attention_rows(seen, _spread(answers).to(seen.q.device))  # [Hq, rows, N]
             needle[seen.layer] = weights[..., task.early : task.early + config.needle_tokens].sum(-1).mean(-1).cpu()
+
+    with borrowed(model), torch.no_grad(), recording(model, observe):  # what it does not do, no head is needed for
+        inputs = tokens[None].to(model.device)
+        dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
+    done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
 
     def loss(logits: Tensor) -> Tensor:
         count = len(answers)
@@ -293,10 +297,7 @@ def score_document(
     gradient = None
     if config.scoring == "gates":
         at = torch.ones(layers, query_heads) if gates is None else gates
-        gradient = gate_gradient(model, tokens, positions, sparse, at, loss, observe)
-    else:
-        with torch.no_grad(), recording(model, observe):
-            model(inputs, logits_to_keep=1)
+        gradient = gate_gradient(model, tokens, positions, sparse, at, loss)
     right = done.float().mean().item()
     return DocumentScore(task.kind, length, right, needle, gradient, kept if ladder else None)
 
@@ -312,11 +313,10 @@ def gate_gradient(
     sparse: SparseConfig,
     gates: Tensor,
     loss: Callable[[Tensor], Tensor],
-    observe: Callable[[Observed], None],
 ) -> Tensor:
     """[layers, query heads]: how much more `loss` of the logits at `positions` becomes with a gate, per unit of it."""
     at = gates.to(model.device, torch.float32, copy=True).requires_grad_(True)
-    with borrowed(model), torch.enable_grad(), gated(model, sparse, at, observe):
+    with borrowed(model), torch.enable_grad(), gated(model, sparse, at):
         model.requires_grad_(False)
         checkpoint_activations(model)
         inputs = tokens[None].to(model.device)

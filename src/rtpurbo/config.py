@@ -130,7 +130,8 @@ class CalibrateConfig:
     retrieval_ratio: float = 0.15
     """Share of query heads (or of KV groups) that become retrieval heads, over the whole model."""
     threshold: float | None = None
-    """Choose every head whose score in [0, 1] reaches this instead of a fixed share."""
+    """Choose every head whose score in [0, 1] reaches this instead of a fixed share (gates still learn within
+    retrieval_ratio)."""
     scoring: Literal["gates", "needle"] = "gates"
     """Score heads by gates that learn which of them may do without far attention (gates), or by the attention from a
     repeated span to where it was before (needle, the paper)."""

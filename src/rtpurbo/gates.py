@@ -9,7 +9,7 @@ with answers as the model gives them.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,8 @@ SHRINKING = 0.6
 """Share of the steps in which the budget shrinks; in the rest the choice settles."""
 MOMENTUM = 0.8
 DISTANCE = 10.0
-"""Sum of all steps' sizes, root mean square over the gates; a gate's way from local to full is 1."""
+"""Sum of all steps' sizes, were they all like the first, root mean square over the gates; a gate's way from local to full is
+1."""
 SLOWEST = 0.2
 """Size of the last step, by that of the first."""
 
@@ -77,21 +78,15 @@ def within_budget(values: Tensor, budget: float) -> Tensor:
 
 
 @contextmanager
-def gated(model: Any, sparse: SparseConfig, gates: Tensor, observe: Callable[[Observed], None]) -> Iterator[None]:
+def gated(model: Any, sparse: SparseConfig, gates: Tensor) -> Iterator[None]:
     """Inside the `with` block every head of the dense `model` gives g * full + (1 - g) * local.
 
     Args:
         gates: [layers, query heads] float32 on the model's device; gradients flow into it.
-        observe: is shown every converted layer once.
     """
     local: dict[int, Tensor] = {}
-    seen_once: set[int] = set()
 
     def watch(seen: Observed) -> None:
-        if seen.layer not in seen_once:  # activation checkpointing runs every layer twice
-            seen_once.add(seen.layer)
-            with torch.no_grad():
-                observe(seen)
         sinks = torch.arange(sparse.sink_tokens, device=seen.k.device)[None]
         k, v = (x.repeat_interleave(seen.q.shape[1] // seen.k.shape[1], 1) for x in (seen.k, seen.v))
         local[seen.layer] = window_attention(

@@ -25,6 +25,8 @@ from .indexer_training import CAPTURED_PER_STEP, QUESTION_TOKENS
 GIB = 2**30
 RESERVED_GIB = 1.0
 """Of a GPU: CUDA's context, cuBLAS, and what the allocator cannot reuse; an allowance, not computed."""
+ANSWER_POSITIONS = 256
+"""Of a calibration document: five questions for up to five values of about eight tokens, and an example."""
 EVALUATED_LABELS = 1024
 """Positions whose logits the evaluation has in float32 at a time."""
 CROWDED = 4
@@ -114,19 +116,25 @@ def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> d
     """Gates run forward and backward with every layer recomputed.
 
     - hidden states: what enters each layer, N h e per layer (scoring "gates");
-    - layer: one layer's recomputation and gradients, (25 h + 13 f) N; or the whole attention of 64 queries, three
-      float32 copies [query heads, 64, N], with queries, keys and outputs 12 h N;
-    - logits: 512 labels of both models in e bytes and five float32 copies; without gates the dense model's alone.
+    - layer: one layer's recomputation and gradients, (25 h + 13 f) N; or, for needle scores and window_mass, the whole
+      attention of 64 queries, three float32 copies [query heads, 64, N], with queries, keys and outputs 12 h N;
+    - logits: 512 labels of text and up to 256 of answers, of both models, in e bytes and five float32 copies; without gates
+      the dense model's alone.
     """
     lengths = config.lengths_tokens or default_lengths(min(shape.context_tokens, LONGEST_TOKENS), sparse)
     n = max(lengths)
+    looked_at = config.scoring == "needle" or config.window_mass is not None
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
     gates = config.scoring == "gates"
     layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if gates else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
-    logits = TEXT_POSITIONS * shape.vocabulary * (2 * shape.element_bytes + 20 if gates else shape.element_bytes)
+    logits = (
+        (TEXT_POSITIONS + ANSWER_POSITIONS)
+        * shape.vocabulary
+        * (2 * shape.element_bytes + 20 if gates else shape.element_bytes)
+    )
     held = shape.layers * n * shape.hidden * shape.element_bytes if gates else 0
-    return {"hidden states": held, "layer or logits": max(layer, rows, logits, checked - held)}
+    return {"hidden states": held, "layer or logits": max(layer, rows * looked_at, logits, checked - held)}
 
 
 def _train_indexer(shape: Shape, config: IndexerConfig, chosen: CalibrateConfig) -> dict[str, int]:

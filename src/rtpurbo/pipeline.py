@@ -456,7 +456,7 @@ def estimate(model: Any, config: ConvertConfig) -> dict[str, Any]:
     c, i, d = config.calibrate, config.indexer, config.distill
     e = config.evaluate.resolved(context_tokens(model), sparse)
     lengths = c.lengths_tokens or default_lengths(context, sparse)
-    passes = (4.0 if c.scoring == "gates" else 1.0) + 2 / 3  # forward, recomputation, backward; the dense answers
+    passes = 5.0 if c.scoring == "gates" else 1.0  # the dense model; forward, recomputation, backward
     indexer_length, distill_length = i.length_tokens or context, d.length_tokens or context
     samples = e.samples * len(e.lengths_tokens) if len(e.samples) == 1 else e.samples
     seconds = {
