@@ -129,12 +129,12 @@ def test_a_changed_stage_and_those_after_it_run_again(tmp_path, source, capsys):
 def test_a_calibration_from_before_newer_settings_is_kept(tmp_path, source):
     artifact = run(tmp_path / "out", source)
     raw = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
-    for newer in ("window_mass", "target_recovery"):
+    for newer in ("window_mass", "target_recovery", "text_weight"):
         del raw["stages"]["calibrate"]["settings"][newer]
     (tmp_path / "out" / CONFIG_FILE).write_text(json.dumps(raw))
     settings = {"after": None, "sparse": artifact.config, "sources": [source], "weights": artifact.base_model["fingerprint"]}
     assert finished_stage(tmp_path / "out", "calibrate", SMALL.calibrate, **settings) is not None
-    for newer in ({"window_mass": 0.99}, {"target_recovery": 0.99}):
+    for newer in ({"window_mass": 0.99}, {"target_recovery": 0.99}, {"text_weight": 3.0}):
         other = dataclasses.replace(SMALL.calibrate, **newer)
         assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
 

@@ -269,8 +269,8 @@ def finished_stage(
         return None
     got = dict(record["settings"])
     if name == "calibrate":
-        for newer in ("window_mass", "target_recovery"):
-            got.setdefault(newer, None)  # it was not there yet
+        for newer in ("window_mass", "target_recovery", "text_weight"):
+            got.setdefault(newer, getattr(CalibrateConfig, newer))  # it was not there yet
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
         if record.get("sparse") != sparse.to_dict():
