@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +42,7 @@ from .heads import HeadMap
 from .models import fingerprint, model_identity
 from .ops import near_slots
 from .progress import track
-from .questions import KNOWN_TOKENS, repeated_span, training_sample
+from .questions import repeated_span, span_answers, training_sample
 from .recovery import choose_share
 
 CAN_COPY = 0.3
@@ -240,17 +241,15 @@ def make_task(
     Raises:
         ValueError: the document has no room for it.
     """
-    rng, length, early = random.Random(seed), len(document), 0
-    end = length - 1
+    rng, length, early, end = random.Random(seed), len(document), 0, len(document) - 1
     if kind == "span":
         newest = length - 2 * span_tokens - sparse.window_tokens  # the earlier span lies outside the later one's window
         tokens, early = repeated_span(document, other, span_tokens=span_tokens, latest=min(newest, length // 3), rng=rng)
-        answers = torch.arange(length - span_tokens + KNOWN_TOKENS, length - 1)
+        answers = torch.tensor(span_answers(length, span_tokens))
         end = length - span_tokens - 1
     else:
         depth = rng.uniform(0, max(0.05, 0.9 - sparse.window_tokens / length))
-        asked, chosen = QUESTIONS_ASKED, str(rng.random())
-        sample = training_sample(document, tokenizer, kind=kind, depth=depth, seed=chosen, count=asked)
+        sample = training_sample(document, tokenizer, kind=kind, depth=depth, seed=str(rng.random()), count=QUESTIONS_ASKED)
         tokens, answers = sample.tokens, torch.tensor(sample.label_positions)
     low = min(sparse.window_tokens + sparse.sink_tokens, length - 2)
     rest = sorted({*range(low, end)} - {*answers.tolist()}) or [low]
@@ -280,10 +279,11 @@ def score_document(
             weights = attention_rows(seen, _spread(answers).to(seen.q.device))  # [Hq, rows, N]
             needle[seen.layer] = weights[..., task.early : task.early + config.needle_tokens].sum(-1).mean(-1).cpu()
 
-    with borrowed(model), torch.no_grad(), recording(model, observe):  # what it does not do, no head is needed for
+    looked_at = ladder or config.scoring == "needle"
+    with borrowed(model), torch.no_grad(), recording(model, observe) if looked_at else nullcontext():
         inputs = tokens[None].to(model.device)
         dense = model(inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits[0]
-    done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]
+    done = dense[: len(answers)].argmax(-1).cpu() == tokens[answers + 1]  # what it does not do, no head is needed for
 
     def loss(logits: Tensor) -> Tensor:
         count = len(answers)

@@ -23,8 +23,7 @@ def demo_config(seed: int) -> ConvertConfig:
     return ConvertConfig(
         window_tokens=256,
         calibrate=CalibrateConfig(
-            granularity="group", retrieval_ratio=0.25, lengths_tokens=(1024,), documents=6,
-            check_samples=2, seed=seed,
+            granularity="group", retrieval_ratio=0.25, lengths_tokens=(1024,), documents=6, check_samples=2, seed=seed
         ),
         indexer=IndexerConfig(
             steps=200, length_tokens=2048, shortest_tokens=1024, documents=14, queries=64, mass_target=0.98, seed=seed

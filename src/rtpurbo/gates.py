@@ -26,8 +26,7 @@ SHRINKING = 0.6
 """Share of the steps in which the budget shrinks; in the rest the choice settles."""
 MOMENTUM = 0.8
 DISTANCE = 10.0
-"""Sum of all steps' sizes, were they all like the first, root mean square over the gates; a gate's way from local to full is
-1."""
+"""Sum of all steps' sizes, were they like the first, root mean square over the gates; from local to full a gate goes 1."""
 SLOWEST = 0.2
 """Size of the last step, by that of the first."""
 

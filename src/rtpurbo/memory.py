@@ -128,11 +128,8 @@ def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> d
     gates = config.scoring == "gates"
     layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if gates else shape.forward(n)
     checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
-    logits = (
-        (TEXT_POSITIONS + ANSWER_POSITIONS)
-        * shape.vocabulary
-        * (2 * shape.element_bytes + 20 if gates else shape.element_bytes)
-    )
+    per_logit = 2 * shape.element_bytes + 20 if gates else shape.element_bytes
+    logits = (TEXT_POSITIONS + ANSWER_POSITIONS) * shape.vocabulary * per_logit
     held = shape.layers * n * shape.hidden * shape.element_bytes if gates else 0
     return {"hidden states": held, "layer or logits": max(layer, rows * looked_at, logits, checked - held)}
 

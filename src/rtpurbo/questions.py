@@ -148,19 +148,19 @@ TRAINING_CHAINS = (
 
 @dataclass(frozen=True)
 class RetrievalSample:
-    """A document with hidden facts, a question about them, and its answer."""
+    """A document with hidden facts, and one or several questions about them, each answered."""
 
     tokens: Tensor
-    """[length] int64: document, question and answer"""
+    """[length] int64: document, questions and answers"""
     answers: tuple[tuple[int, int], ...]
-    """Per value asked for, the span (start, stop) of its tokens in `tokens`."""
+    """Per value asked for, in the order of `tokens`, the span (start, stop) of its tokens; those of an example first."""
     depth: float
     """Where the (first) fact asked for lies, 0 start to 1 end."""
     kind: str
 
     @property
     def prompt(self) -> Tensor:
-        """Tokens before the answer."""
+        """Tokens before the first answer."""
         return self.tokens[: self.answers[0][0]]
 
     @property
@@ -224,8 +224,8 @@ def training_sample(
     wordings = [(rng.choice(TRAINING_TEMPLATES), rng.choice(TRAINING_CHAINS)) for _ in range(count)]
     if rng.random() < SAME_WORDING:
         wordings = wordings[:1] * count
-    gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
     if rng.random() < EXAMPLES and len(document) >= 4 * SHORTEST_TOKENS:
+        gap = torch.tensor(tokenizer("\n\n", add_special_tokens=False).input_ids, dtype=torch.long)
         of = partial(_asked, tokenizer=tokenizer, kind=kind, depth=depth)
         with suppress(ValueError):  # a tokenizer may take many tokens for these words
             first = of(document[: SHORTEST_TOKENS - len(gap)], wordings=wordings[:1], seed=f"{seed}:example")
@@ -377,6 +377,11 @@ def repeated_span(
     return tokens, early
 
 
+def span_answers(length: int, span_tokens: int) -> range:
+    """Positions of a document that ends with a repeated span whose next token is known from the earlier one."""
+    return range(length - span_tokens + KNOWN_TOKENS, length - 1)
+
+
 TRAINING_KINDS = (
     "span", "span", "single", "single", "multi_key", "many_keys", "many_values", "many_values", "many_queries", "chain",
 )  # fmt: skip
@@ -437,6 +442,6 @@ def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, 
     length = len(document)
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
-        return tokens, list(range(length - SPAN_TOKENS + KNOWN_TOKENS, length - 1))
+        return tokens, list(span_answers(length, SPAN_TOKENS))
     sample = training_sample(document, tokenizer, kind=kind, depth=rng.random(), seed=seed)
     return sample.tokens, sample.label_positions
