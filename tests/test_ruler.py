@@ -56,6 +56,13 @@ def test_documents_from_local_files(task, files, monkeypatch):
     assert again != other or "_qa_" in task  # with so few documents every question has all of them, in one order
 
 
+def test_common_words_do_not_depend_on_documents_made_before(files):
+    first, again = (
+        ruler.documents("ruler_cwe", word_tokenizer(), (1000,), count=2, files=files, seed=seed) for seed in (1, 1)
+    )
+    assert again == first
+
+
 def test_everything_is_put_back(files):
     import numpy as np
     from lm_eval.tasks.ruler import niah_utils, prepare_niah, qa_utils

@@ -108,6 +108,8 @@ def _local(name: str, count: int | None, files: str | None) -> Iterator[ModuleTy
     with offline() if files is not None else nullcontext():
         prepare = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
     module = importlib.import_module(f"lm_eval.tasks.ruler.{name}")
+    if shuffled := _shuffler(module):
+        module.RNG.setstate(shuffled)
     maker: Callable[..., Any] = getattr(module, MAKERS[name])
 
     def fewer(*args: Any, num_samples: int = 500, **rest: Any) -> Any:
@@ -136,6 +138,12 @@ def _local(name: str, count: int | None, files: str | None) -> Iterator[ModuleTy
                     reader.cache_clear()
                     stack.callback(reader.cache_clear)
         yield module
+
+
+@cache
+def _shuffler(module: ModuleType) -> Any:
+    """State of a module's own random numbers at first sight, for documents that do not depend on those made before."""
+    return module.RNG.getstate() if hasattr(module, "RNG") else None
 
 
 def _has_punkt() -> bool:
