@@ -22,20 +22,20 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
-MODELS = {
-    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads",
-    "study_qwen25_coder_05b_examples": "Qwen2.5-Coder-0.5B, single heads, answered examples in stage 2",
-    "study_qwen25_coder_05b_calibrated_with_examples": "Qwen2.5-Coder-0.5B, single heads, calibrated with answered examples",
-    "study_qwen25_coder_05b_calibrated_with_examples_20": "The same with 20 % of the heads",
-    "study_qwen25_coder_05b_groups": "Qwen2.5-Coder-0.5B, KV groups, first recipe",
-    "study_qwen25_coder_05b_groups_stage1": "Qwen2.5-Coder-0.5B, KV groups, first recipe, index only",
-    "study_smollm2": "SmolLM2-135M",
-}
+MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads", "study_smollm2": "SmolLM2-135M"}
 """File in benchmarks/results -> name of the model."""
-PLOTTED = (
-    "study_qwen25_coder_05b", "study_qwen25_coder_05b_groups", "study_qwen25_coder_05b_groups_stage1", "study_smollm2",
-)  # fmt: skip
-"""Files with a panel in the figure."""
+EARLIER = {
+    "study_qwen25_coder_05b": "today's recipe",
+    "study_qwen25_coder_05b_effects": "heads by effects",
+    "study_qwen25_coder_05b_examples": "the same heads and index; answered examples in stage 2",
+    "study_qwen25_coder_05b_calibrated_with_examples": "heads by effects, calibrated with answered examples",
+    "study_qwen25_coder_05b_calibrated_with_examples_20": "the same with 20 % of the heads",
+    "study_qwen25_coder_05b_groups": "15 % of the KV groups by effects; questions for one or two facts",
+    "study_qwen25_coder_05b_groups_stage1": "the same, index only",
+}
+"""File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
+TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
+"""Tasks that recipes of that model differ in."""
 METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
 NEEDED = 0.95
 """Recovery below which a task is marked, when its interval excludes 0."""
@@ -135,6 +135,9 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
             row = [f"average of {len(pairs)}", str(sum(len(a) for a, _ in pairs)), "", f"{dense:.1%}", f"{sparse:.1%}"]
             row += [show(sparse / dense if dense else None, ".3f"), interval({"difference_95": average_interval(pairs)})]
             rows.append(row)
+            capped = mean([min(mean(a), mean(b)) for a, b in pairs])
+            row = ["average, no task above dense", "", "", f"{dense:.1%}", f"{capped:.1%}"]
+            rows.append([*row, show(capped / dense if dense else None, ".3f"), "–"])
         header = [f"RULER, {length} tokens", "samples", "prompt tokens", "dense", "sparse", "recovery", "difference, 95 %"]
         parts += [table(header, rows)] if rows else []
         cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values())
@@ -348,6 +351,28 @@ def ablations(found: Found) -> str:
     )
 
 
+def earlier() -> str:
+    """Recipes of one model by RULER at one length and held-out loss, a row each."""
+    length, rows = 16384, []
+    for name, what in EARLIER.items():
+        found = load(name)
+        tasks = {} if found is None else ruler_cells(found).get(length, {})
+        pairs = {
+            task: [at[method]["scores"] for method in ("dense", "sparse")]
+            for task, at in tasks.items()
+            if {"dense", "sparse"} <= set(at)
+        }
+        if found is None or not pairs:
+            continue
+        dense, sparse = (mean([mean(pair[i]) for pair in pairs.values()]) for i in (0, 1))
+        row = [what, str(len(pairs)), f"{dense:.1%}", f"{sparse:.1%}", f"{sparse / dense:.3f}"]
+        row += [f"{mean(pairs[task][1]):.1%}" if task in pairs else "–" for task in TOLD]
+        losses = [change(one) for key, one in result(found, "fidelity").items() if key.endswith(f" {length}")]
+        rows.append([*row, " / ".join(f"{x:+.2%}" for x in losses) or "–", f"`{name}.json`"])
+    header = [f"RULER, {length} tokens", "tasks", "dense", "sparse", "recovery", *TOLD, "loss, novels / code", "file"]
+    return table(header, rows) or MISSING
+
+
 PARTS = {
     "RULER": ruler, "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
     "Long generation": long_generation, "Conversion": conversion, "Ablations": ablations,
@@ -376,7 +401,7 @@ def points(found: Found | None) -> dict[str, tuple[float, float]]:
 
 def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
     """RULER average against bytes read, a panel for each model: `found`, by default the files; None without two points."""
-    found = {MODELS[name]: load(name) for name in PLOTTED} if found is None else found
+    found = {label: load(name) for name, label in MODELS.items()} if found is None else found
     panels = {name: at for name, some in found.items() if len(at := points(some)) > 1}
     if not panels:
         return None
@@ -429,4 +454,8 @@ def model_tables(name: str) -> str:
     return everything(load(name))
 
 
-TABLES = {name: partial(model_tables, name) for name in MODELS} | {"results_plot": figure, "ruler": summary}
+TABLES = {name: partial(model_tables, name) for name in MODELS} | {
+    "results_plot": figure,
+    "ruler": summary,
+    "earlier": earlier,
+}

@@ -50,6 +50,7 @@ def test_ruler_has_exactly_these_rows():
         "| niah_single_2 | 8 | 4000 | 100.0% | 100.0% | 1.000 | +0.0% to +0.0% |",
         "| **ruler_vt** | 8 | 4000 | 100.0% | 50.0% | 0.500 | -50.0% to -50.0% |",
         "| average of 2 | 16 |  | 100.0% | 75.0% | 0.750 | -25.0% to -25.0% |",
+        "| average, no task above dense |  |  | 100.0% | 75.0% | 0.750 | – |",
         "",
         "2 prompts did not fit and were cut.",
     ]
@@ -182,4 +183,18 @@ def test_the_summary_has_averages_and_what_is_beyond_chance(monkeypatch):
     monkeypatch.setattr(tables, "load", lambda name: found(**cells))
     lines = tables.summary().splitlines()
     assert lines[0].startswith(f"| {next(iter(tables.MODELS.values()))}: RULER, 100 tokens |")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["better", "**worse**", "average of 3"]
+    shown = [line.split("|")[1].strip() for line in lines[2:]]
+    assert shown == ["better", "**worse**", "average of 3", "average, no task above dense"]
+    assert lines[-1].endswith("| 50.0% | 33.3% | 0.667 | – |")  # worse: 0 of 0.5; better: 1.0 counts as 0.5
+
+
+def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
+    cells = {
+        f"ruler/16384/ruler_vt/{name}": score(*values) for name, values in (("dense", (1.0, 1.0)), ("sparse", (1.0, 0.0)))
+    }
+    some = found(**cells, **{"ruler/16384/t/sparse": score(1.0), "fidelity": {"novels 16384": loss(16384)}})
+    files = {"study_qwen25_coder_05b": some, "study_qwen25_coder_05b_groups": found(**{"ruler/16384/t/dense": score(1.0)})}
+    monkeypatch.setattr(tables, "load", files.get)
+    assert tables.earlier().splitlines()[2:] == [
+        "| today's recipe | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |"
+    ]
