@@ -66,6 +66,16 @@ def test_an_evaluated_artefact_from_before_index_dtype_keeps_its_checksum():
     assert found.digest() == json.loads((shipped / "eval.json").read_text())["artifact"]
 
 
+@pytest.mark.parametrize(("name", "stages"), [("smollm2-135m-8k", 3), ("qwen2.5-coder-0.5b-32k", 2)])
+def test_the_artefacts_of_this_repository_are_small_and_whole(name, stages):
+    folder = Path(__file__).parents[1] / "artefacts" / name
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 5e6
+    found = Artifact.load(folder)
+    assert len(found.stages) == stages
+    assert found.indexer is not None
+    assert {int(key.split(".")[0]) for key in found.indexer} == {i for i, heads in enumerate(found.heads.retrieval) if heads}
+
+
 def test_a_window_ladder_is_kept(tmp_path):
     artifact = make_artifact(1)
     laddered = dataclasses.replace(
