@@ -262,8 +262,8 @@ class DistillConfig(TrainConfig):
     lora_rank: int = 8
     """Rank of the LoRA adapter on values, attention outputs and MLPs."""
     answer_weight: float = 0.05
-    """Weight of a document's synthetic answers in its loss (cross-entropy, those the dense model gets wrong left out); the
-    other labels share the rest."""
+    """Weight of a document's synthetic answers in its loss (cross-entropy; where the dense model says something else, KL to
+    that); the other labels share the rest."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
 

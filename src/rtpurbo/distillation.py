@@ -4,9 +4,10 @@
    were, some joined from pieces; a share of documents and pieces ends with a synthetic retrieval question.
 2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
 3. Labels: random positions (those before the window is full too: training must not spoil what is not sparse) and every
-   synthetic answer that the teacher itself would give: what it does not find, nobody learns from it.
+   synthetic answer. Where the teacher would say something else, what it would say is the label: what it does not find,
+   nobody learns from it, and how it begins an answer stays its own.
    Loss: KL between teacher and student over the teacher's top-10 tokens, the rest of the vocabulary being one more class,
-   so that no mass leaks out of the ten. For answers, which are few and known, the cross-entropy, with a weight of their
+   so that no mass leaks out of the ten. For answers that the teacher gives too, the cross-entropy, with a weight of their
    own: learned from text alone, the adapter forgets how to retrieve.
 4. No gradient flows through the selection, and an adapter leaves queries and keys alone: what the index was trained on
    stays as it was. It adapts what comes after the attention weights, values, outputs and MLPs.
@@ -197,7 +198,7 @@ def distill(
             batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
             tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
-            weights = weights.where((expected < 0) | (want.argmax(-1) == expected), 0.0)
+            expected = expected.where(want.argmax(-1) == expected, -1)  # else the teacher's own word is the label
             with _autocast(device):
                 got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
             same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
