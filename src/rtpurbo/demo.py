@@ -26,7 +26,7 @@ def demo_config(seed: int) -> ConvertConfig:
             granularity="group", retrieval_ratio=0.25, lengths_tokens=(512,), documents=18, check_samples=2, seed=seed
         ),
         indexer=IndexerConfig(
-            steps=200, length_tokens=2048, shortest_tokens=1024, documents=14, queries=64, mass_target=0.98, seed=seed
+            steps=200, length_tokens=2048, shortest_tokens=1024, documents=24, queries=160, mass_target=0.98, seed=seed
         ),
         distill=DistillConfig(
             steps=2, batch_size=1, learning_rate=1.5e-4, length_tokens=1024, shortest_tokens=1024, labels=512, seed=seed
