@@ -25,7 +25,7 @@ MISSING = "Not measured yet."
 MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads", "study_smollm2": "SmolLM2-135M"}
 """File in benchmarks/results -> name of the model."""
 EARLIER = {
-    "study_qwen25_coder_05b": "today's recipe",
+    "study_qwen25_coder_05b": "heads by gates, above",
     "study_qwen25_coder_05b_effects": "heads by effects",
     "study_qwen25_coder_05b_examples": "the same heads and index; answered examples in stage 2",
     "study_qwen25_coder_05b_calibrated_with_examples": "heads by effects, calibrated with answered examples",

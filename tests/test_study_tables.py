@@ -196,5 +196,5 @@ def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
     files = {"study_qwen25_coder_05b": some, "study_qwen25_coder_05b_groups": found(**{"ruler/16384/t/dense": score(1.0)})}
     monkeypatch.setattr(tables, "load", files.get)
     assert tables.earlier().splitlines()[2:] == [
-        "| today's recipe | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |"
+        "| heads by gates, above | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |"
     ]
