@@ -24,7 +24,7 @@ PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
 MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads", "study_smollm2": "SmolLM2-135M"}
 """File in benchmarks/results -> name of the model."""
-EARLIER = {
+RECIPES = {
     "study_qwen25_coder_05b": "heads by gates, above",
     "study_qwen25_coder_05b_effects": "heads by effects",
     "study_qwen25_coder_05b_examples": "the same heads and index; answered examples in stage 2",
@@ -351,18 +351,17 @@ def ablations(found: Found) -> str:
     )
 
 
-def earlier() -> str:
+def recipes() -> str:
     """Recipes of one model by RULER at one length and held-out loss, a row each."""
     length, rows = 16384, []
-    for name, what in EARLIER.items():
-        found = load(name)
-        tasks = {} if found is None else ruler_cells(found).get(length, {})
+    for name, what in RECIPES.items():
+        found = load(name) or {"cells": {}}
         pairs = {
-            task: [at[method]["scores"] for method in ("dense", "sparse")]
-            for task, at in tasks.items()
+            task: (at["dense"]["scores"], at["sparse"]["scores"])
+            for task, at in ruler_cells(found).get(length, {}).items()
             if {"dense", "sparse"} <= set(at)
         }
-        if found is None or not pairs:
+        if not pairs:
             continue
         dense, sparse = (mean([mean(pair[i]) for pair in pairs.values()]) for i in (0, 1))
         row = [what, str(len(pairs)), f"{dense:.1%}", f"{sparse:.1%}", f"{sparse / dense:.3f}"]
@@ -457,5 +456,5 @@ def model_tables(name: str) -> str:
 TABLES = {name: partial(model_tables, name) for name in MODELS} | {
     "results_plot": figure,
     "ruler": summary,
-    "earlier": earlier,
+    "recipes": recipes,
 }

@@ -195,6 +195,6 @@ def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
     some = found(**cells, **{"ruler/16384/t/sparse": score(1.0), "fidelity": {"novels 16384": loss(16384)}})
     files = {"study_qwen25_coder_05b": some, "study_qwen25_coder_05b_groups": found(**{"ruler/16384/t/dense": score(1.0)})}
     monkeypatch.setattr(tables, "load", files.get)
-    assert tables.earlier().splitlines()[2:] == [
+    assert tables.recipes().splitlines()[2:] == [
         "| heads by gates, above | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |"
     ]
