@@ -26,6 +26,10 @@ MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads", "study_s
 """File in benchmarks/results -> name of the model."""
 RECIPES = {
     "study_qwen25_coder_05b": "heads by gates, above",
+    "study_qwen25_coder_05b_unlabelled": "the same heads and index; no label where the dense model would not answer so",
+    "study_qwen25_coder_05b_unlabelled_halved": "its adapter at half its size",
+    "study_qwen25_coder_05b_answers_by_kl": "the same heads and index; answers by KL to the teacher, weight 0.25",
+    "study_qwen25_coder_05b_groups_by_gates": "15 % of the KV groups by gates",
     "study_qwen25_coder_05b_effects": "heads by effects",
     "study_qwen25_coder_05b_examples": "the same heads and index; answered examples in stage 2",
     "study_qwen25_coder_05b_calibrated_with_examples": "heads by effects, calibrated with answered examples",
@@ -130,7 +134,7 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
                 row += ["–", "–"]
             if telling or not beyond_chance:
                 rows.append(row)
-        if pairs:
+        if len(pairs) > 1:
             dense, sparse = (mean([mean(pair[i]) for pair in pairs]) for i in (0, 1))
             row = [f"average of {len(pairs)}", str(sum(len(a) for a, _ in pairs)), "", f"{dense:.1%}", f"{sparse:.1%}"]
             row += [show(sparse / dense if dense else None, ".3f"), interval({"difference_95": average_interval(pairs)})]

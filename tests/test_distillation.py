@@ -241,8 +241,10 @@ def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_input
     wrong = (expected[0] >= 0) & (teacher.argmax(-1) != expected[0])
     assert wrong.any()  # of an untrained model: answers that nobody should learn
     loss = brute_force_kl(student, teacher, 10).where((expected[0] < 0) | wrong, brute_force_nll(student, expected[0]))
-    want = (loss * weights[0]).sum().item()
-    assert done.stages["distill"]["metrics"]["loss_first"] == pytest.approx(want, rel=1e-3)
+    metrics = done.stages["distill"]["metrics"]
+    assert metrics["loss_first"] == pytest.approx((loss * weights[0]).sum().item(), rel=1e-3)
+    text = (expected[0] < 0) & (weights[0] > 0)
+    assert metrics["text_kl_first"] == pytest.approx(loss[text].mean().item(), rel=1e-3)
 
 
 def test_an_example_depends_on_seed_and_turn_alone(tokenizer, source):
@@ -407,7 +409,10 @@ def test_harm_is_noted(model, made, tokenizer, source):
     bad = dataclasses.replace(good, steps=20, learning_rate=0.5)
     metrics = distill(model, tokenizer, made, [source], bad).stages["distill"]["metrics"]
     assert metrics["held_out_loss_after"] > metrics["held_out_loss_before"]
-    assert metrics["notes"][0].startswith("Distillation did harm: loss against the dense model on held-out documents ")
+    assert metrics["held_out_text_kl_after"] > metrics["held_out_text_kl_before"]
+    assert [note.split(" on held-out")[0] for note in metrics["notes"]] == [
+        "Distillation did harm: loss against the dense model", "Distillation did harm: KL from the dense model in text",
+    ]  # fmt: skip
 
 
 # What is saved

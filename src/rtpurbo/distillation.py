@@ -11,7 +11,8 @@
    own: learned from text alone, the adapter forgets how to retrieve.
 4. No gradient flows through the selection, and an adapter leaves queries and keys alone: what the index was trained on
    stays as it was. It adapts what comes after the attention weights, values, outputs and MLPs.
-5. Held-out documents of the same mix say whether the loss fell; a stage that did harm says so in its notes.
+5. Held-out documents of the same mix say whether the loss fell, and its part in text; a stage that did harm to either
+   says so in its notes.
 """
 
 from __future__ import annotations
@@ -193,39 +194,44 @@ def distill(
         device = next(prepared.parameters()).device
         world, rank = accelerator.num_processes, accelerator.process_index
 
-        def compare(some: list[Tensor], step: int, first: int) -> tuple[Tensor, Tensor]:
-            """Mean loss of a batch, and the share of labels on which teacher and student prefer the same token."""
+        def compare(some: list[Tensor], step: int, first: int) -> dict[str, Tensor]:
+            """Means of a batch: the loss, its part without answers ("text_kl"), and the share of labels on which teacher
+            and student prefer the same token."""
             batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
             tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
+            counted, text = weights > 0, (weights > 0) & (expected < 0)
             expected = expected.where(want.argmax(-1) == expected, -1)  # else the teacher's own word is the label
             with _autocast(device):
                 got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
-            same = (got.argmax(-1) == want.argmax(-1)) & (weights > 0)
-            agree = (same.sum(-1) / (weights > 0).sum(-1)).mean()
+            same = (got.argmax(-1) == want.argmax(-1)) & counted
             losses = label_losses(got.flatten(0, 1), want.flatten(0, 1), expected.flatten(), config.top_logits)
-            return (losses * weights.flatten()).sum() / len(some), agree
+            losses = losses.view_as(weights)
+            return {
+                "loss": (losses * weights).sum() / len(some),
+                "text_kl": (losses.detach() * text).sum() / text.sum().clamp(min=1),
+                "top1_agreement": (same.sum(-1) / counted.sum(-1)).mean(),
+            }
 
         @torch.no_grad()
-        def held_out_loss() -> float:
-            """Mean loss on the held-out documents; every process sees the same ones."""
-            found = [float(compare([text], -1 - i, -1 - i)[0]) for i, text in enumerate(held_out)]
+        def on_held_out() -> dict[str, float]:
+            """Means on the held-out documents; every process sees the same ones."""
+            found = [compare([text], -1 - i, -1 - i) for i, text in enumerate(held_out)]
             for module in prepared.modules():
                 if isinstance(module, FSDPModule):  # it may leave weights whole, which no optimiser may see
                     module.reshard()
-            return sum(found) / len(found)
+            return {name: sum(float(row[name]) for row in found) / len(found) for name in found[0]}
 
         def step(number: int) -> dict[str, float]:
             first = (number * world + rank) * config.batch_size
-            some = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
-            loss, agree = compare(some, number, first)
-            accelerator.backward(loss)
-            loss = loss.detach()
+            found = compare([texts[i % len(texts)] for i in range(first, first + config.batch_size)], number, first)
+            accelerator.backward(found["loss"])
+            found["loss"] = found["loss"].detach()
             if world > 1:
-                loss, agree = (accelerator.reduce(x, reduction="mean") for x in (loss, agree))
-            return {"loss": float(loss), "top1_agreement": float(agree)}
+                found = {name: accelerator.reduce(value, reduction="mean") for name, value in found.items()}
+            return {name: float(value) for name, value in found.items()}
 
-        before = held_out_loss() if config.steps else 0.0
+        before = on_held_out() if config.steps else {}
         history = train(
             prepared,
             step,
@@ -235,7 +241,7 @@ def distill(
             work=work,
             inputs=stage_inputs(artifact, sources),
         )
-        after = held_out_loss() if config.steps else 0.0
+        after = on_held_out() if config.steps else {}
         if config.weights == "lora":  # what the artefact calls its base, not where it lies on this machine
             student.peft_config["default"].base_model_name_or_path = public_name(artifact.base_model["name"])
         weights = _write_weights(student, prepared, tokenizer, config, work, accelerator.is_main_process)
@@ -251,19 +257,16 @@ def distill(
     if history:
         tail = history[-max(1, len(history) // 10) :]
         metrics = {
-            "held_out_loss_before": before,
-            "held_out_loss_after": after,
-            "loss_first": history[0]["loss"],
-            "loss_last": sum(r["loss"] for r in tail) / len(tail),
-            "top1_agreement_first": history[0]["top1_agreement"],
-            "top1_agreement_last": sum(r["top1_agreement"] for r in tail) / len(tail),
-            "notes": [],
+            f"held_out_{name}_{when}": row[name] for name in before for when, row in (("before", before), ("after", after))
         }
-        if after > before:
-            metrics["notes"].append(
-                f"Distillation did harm: loss against the dense model on held-out documents {before:.3g} -> {after:.3g}. "
-                "Use a lower --learning-rate, more steps, or the artefact without this stage."
-            )
+        for name in before:
+            metrics |= {f"{name}_first": history[0][name], f"{name}_last": sum(r[name] for r in tail) / len(tail)}
+        metrics["notes"] = [
+            f"Distillation did harm: {what} on held-out documents {before[name]:.3g} -> {after[name]:.3g}. Use a lower "
+            "--learning-rate, more documents a step, or the artefact without this stage."
+            for name, what in (("loss", "loss against the dense model"), ("text_kl", "KL from the dense model in text"))
+            if after[name] > before[name]
+        ]
     return artifact.with_stage("distill", config, metrics, weights_kind=config.weights, weights_path=weights)
 
 
