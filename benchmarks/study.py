@@ -47,6 +47,12 @@ TASKS = (
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
 OURS = ("dense", "sparse", "stage1")
+CURVE_TASKS = TASKS[:4]
+CURVE = (
+    *(f"sparse@{least:g}" for least in (1e-3, 3e-4, 3e-5)),
+    *(f"{method}@{times:g}" for method in RIVALS if method != "razor" for times in (0.5, 2)),
+)
+"""METHOD@SETTING, more points of quality against bytes: our least probability, a rival's budget over that of equal bytes."""
 
 
 @dataclass
@@ -70,6 +76,12 @@ class Study:
         if "artifact" not in self.loaded:
             self.loaded["artifact"] = rtpurbo.Artifact.load(self.folder / "artefact")
         return self.loaded["artifact"]
+
+    def with_least(self, probability: float) -> rtpurbo.Artifact:
+        """The artefact with another least probability."""
+        return dataclasses.replace(
+            self.artifact, config=dataclasses.replace(self.artifact.config, min_probability=probability)
+        )
 
     def sparse(self, **settings: Any) -> SparseConfig:
         """What the artefact is to be."""
@@ -124,10 +136,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         for task in TASKS
     ]
 
-    def ruler(length: int, methods: tuple[str, ...]) -> Iterator[Cell]:
-        for task in TASKS:
+    def ruler(length: int, methods: tuple[str, ...], tasks: tuple[str, ...] = TASKS) -> Iterator[Cell]:
+        for task in tasks:
             for method in methods:
-                first = ("convert", "fidelity") if method in RIVALS else () if method == "dense" else ("convert",)
+                ours = method.partition("@")[0] in OURS
+                first = () if method == "dense" else ("convert",) if ours else ("convert", "fidelity")
                 needs = (f"samples/{length}/{task}", *first)
                 run = partial(run_ruler, task=task, length=length, method=method)
                 yield Cell(f"ruler/{length}/{task}/{method}", run, needs)
@@ -138,6 +151,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
     found += ruler(middle, ("stage1", *RIVALS))
+    found += [Cell("selected", partial(selected, length=middle), ("convert",)), *ruler(middle, CURVE, CURVE_TASKS)]
     for name, changes in ABLATIONS.items():
         found.append(Cell(f"ablation/{name}", partial(ablation, **changes)))
     return found
@@ -219,12 +233,13 @@ def make_samples(study: Study, *, task: str, length: int) -> dict[str, Any]:
 
 @contextmanager
 def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]:
-    """The model running one method, and what its decode steps read (rivals only)."""
+    """The model running one method (METHOD or METHOD@SETTING), and what its decode steps read (rivals only)."""
     model, _ = study.model
+    method, _, setting = method.partition("@")
     if method == "dense":
         yield model, None
     elif method in OURS:
-        artifact = study.artifact
+        artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
         with both(model, artifact) as switch, switch("sparse") as ready:
@@ -232,7 +247,7 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
     else:
         artifact, far = study.artifact, study.far_ratio(length)
         head_dim = artifact.base_model["head_dim"]
-        budget = budget_for(method, artifact.heads, artifact.config, length, far, head_dim)
+        budget = round(budget_for(method, artifact.heads, artifact.config, length, far, head_dim) * float(setting or 1))
         chosen = {"heads": artifact.heads, "indexer": artifact.indexer, "config": artifact.config}
         with rival(model, method, budget_tokens=budget, **chosen) as reads:
             yield model, reads
@@ -273,6 +288,19 @@ def fidelity(study: Study) -> dict[str, Any]:
             (found[key],) = result["loss"].values()
             found[key]["index"] = short(result["index"])
             say(key, {k: round(found[key][k], 4) for k in ("dense", "sparse", "recovery", "kl", "top1_agreement")})
+    return found
+
+
+def selected(study: Study, *, length: int) -> dict[str, Any]:
+    """Share of the far tokens that a unit selects in prose of this length, by the settings of the sparse model in CURVE."""
+    found = {}
+    for method, _, setting in (point.partition("@") for point in CURVE):
+        if method == "sparse":
+            settings = quiet(lengths_tokens=(length,), samples=(0,), fidelity_documents=4)
+            artifact = study.with_least(float(setting))
+            found[setting] = rtpurbo.evaluate(*study.model, artifact, study.args.dev[:1], settings)["index"][
+                "far_selected_ratio"
+            ]
     return found
 
 

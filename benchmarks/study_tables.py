@@ -163,17 +163,25 @@ def prose(found: Found) -> str | None:
     return Path(found["runs"][cell["run"]]["settings"]["dev"][0]).name if cell else None
 
 
-def our_bytes(found: Found, length: int) -> float | None:
-    """Bytes that a decode step of the sparse model reads over a dense one's, by arithmetic, from the measured share."""
-    made, row = result(found, "convert"), result(found, "fidelity").get(f"{prose(found)} {length}")
-    if not made or not row:
+def our_bytes(found: Found, length: int, setting: str = "") -> float | None:
+    """Bytes that a decode step of the sparse model reads over a dense one's, by arithmetic, from the measured share.
+
+    Args:
+        setting: another least probability than the artefact's.
+    """
+    made, row = result(found, "convert"), result(found, "fidelity").get(f"{prose(found)} {length}", {})
+    far = result(found, "selected").get(setting) if setting else row.get("index", {}).get("far_selected_ratio")
+    if not made or far is None:
         return None
     heads, config = HeadMap.from_dict(made["heads"]), SparseConfig(**made["sparse"])
-    return our_read_ratio(heads, config, length, row["index"]["far_selected_ratio"], made["base_model"]["head_dim"])
+    return our_read_ratio(heads, config, length, far, made["base_model"]["head_dim"])
 
 
-def compared(found: Found) -> Found | None:
+def compared(found: Found, *, curve: bool = False) -> Found | None:
     """All methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
+
+    Args:
+        curve: with methods at other budgets, METHOD@SETTING, as well.
 
     Returns:
         "length", "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
@@ -184,7 +192,8 @@ def compared(found: Found) -> Found | None:
     lengths = list(cells)
     rivals = {n: sum(len(set(at) - {"dense", "sparse"}) for at in cells[n].values()) for n in lengths}
     length = max(lengths, key=lambda n: rivals[n]) if any(rivals.values()) else lengths[len(lengths) // 2]
-    methods = [method for method in METHODS if any(method in at for at in cells[length].values())]
+    run = sorted({method for at in cells[length].values() for method in at if curve or "@" not in method})
+    methods = [method for one in METHODS for method in run if method.partition("@")[0] == one]
     tasks = [task for task, at in cells[length].items() if all(method in at for method in methods)]
     if not tasks:
         return None
@@ -195,7 +204,8 @@ def compared(found: Found) -> Found | None:
         ratios = [x for x in ratios if x is not None and not math.isnan(x)]
         bytes_read[method] = mean(ratios) if ratios else None
     bytes_read |= {method: 1.0 for method in methods if method == "dense"}
-    bytes_read |= {method: our_bytes(found, length) for method in methods if method == "sparse"}
+    ours = (method.partition("@") for method in methods)
+    bytes_read |= {name + at + setting: our_bytes(found, length, setting) for name, at, setting in ours if name == "sparse"}
     scores = {method: [some[task][method]["scores"] for task in tasks] for method in methods}
     return {"length": length, "tasks": tasks, "scores": scores, "bytes": bytes_read}
 
@@ -393,19 +403,22 @@ def everything(found: Found | None) -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
-def points(found: Found | None) -> dict[str, tuple[float, float]]:
-    """Method -> bytes read and RULER average, of the methods that have both."""
-    at = compared(found) if found else None
-    if at is None:
-        return {}
-    averages = {method: mean([mean(task) for task in tasks]) for method, tasks in at["scores"].items()}
-    return {method: (x, averages[method]) for method, x in at["bytes"].items() if x is not None}
+def points(found: Found | None) -> tuple[int, dict[str, list[tuple[float, float]]]]:
+    """Number of tasks, and method -> bytes read and RULER average at every budget, of the methods that have both."""
+    at = compared(found, curve=True) if found else None
+    made: dict[str, list[tuple[float, float]]] = {}
+    for method, ratio in (at["bytes"] if at else {}).items():
+        if ratio is not None:
+            made.setdefault(method.partition("@")[0], []).append(
+                (ratio, mean([mean(task) for task in at["scores"][method]]))
+            )
+    return len(at["tasks"]) if at else 0, {method: sorted(places) for method, places in made.items()}
 
 
 def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
     """RULER average against bytes read, a panel for each model: `found`, by default the files; None without two points."""
     found = {label: load(name) for name, label in MODELS.items()} if found is None else found
-    panels = {name: at for name, some in found.items() if len(at := points(some)) > 1}
+    panels = {name: at for name, some in found.items() if len((at := points(some))[1]) > 1}
     if not panels:
         return None
     parts = [
@@ -418,9 +431,9 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}"'
         parts.append(f"<text {place}>{content}</text>")
 
-    for left, (name, at) in zip(range(50, 450 * len(panels), 450), panels.items(), strict=True):
+    for left, (name, (tasks, at)) in zip(range(50, 450 * len(panels), 450), panels.items(), strict=True):
         model, _, recipe = name.partition(", ")
-        text(left, 16, f"{model}: RULER average", size=14)
+        text(left, 16, f"{model}: RULER average of {tasks}", size=14)
         text(left, 34, recipe)
         for i in range(6):
             text(left - 6, 334 - 56 * i, f"{20 * i} %", "end")
@@ -428,10 +441,13 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             parts.append(f'<path d="M{left} {330 - 56 * i}h330" stroke="{INK}" stroke-opacity="0.3"/>')
         text(left + 160, 370, "bytes read by a decode step over the dense model's", "middle")
         taken: list[tuple[float, float]] = []
-        for method, (ratio, score) in sorted(at.items(), key=lambda item: -item[1][1]):
-            x, y = left + 10 + 300 * ratio, 330 - 280 * score
+        for method, places in sorted(at.items(), key=lambda item: -item[1][-1][1]):
             colour = "#e0702a" if method == "sparse" else "#3b8ed0"
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+            drawn = [(left + 10 + 300 * ratio, 330 - 280 * score) for ratio, score in places]
+            line = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+            parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
+            x, y = drawn[-1]
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
             taken.append((x, below))
             text(x + 8, below + 4, method, colour=colour)

@@ -91,7 +91,7 @@ def test_rivals_share_the_tasks_that_all_have():
     ]
     svg = tables.results_svg({"Model": found(**cells), "Other": None})
     text = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"dense", "quest", "Model: RULER average"} <= set(text)
+    assert {"dense", "quest", "Model: RULER average of 2"} <= set(text)
     assert "sparse" not in text
     del cells["ruler/4096/a/quest"]
     assert "| average of 1 |" in tables.rivals(found(**cells))
@@ -105,9 +105,35 @@ def test_sparse_reads_what_fidelity_measured():
     made = {"heads": heads, "sparse": {"window_tokens": 1024, "sink_tokens": 4}, "base_model": {"head_dim": 64}}
     some = found(convert=made, fidelity={"novels 4096": loss(4096)}, **RULER)
     del some["cells"]["ruler/4096/niah_multikey_2/dense"]
-    ratio = tables.points(some)["sparse"][0]
+    tasks, points = tables.points(some)
+    ((ratio, _),) = points["sparse"]
     assert 0.25 < ratio < 0.5
-    assert tables.points(some) == {"dense": (1.0, 1.0), "sparse": (ratio, 0.75)}
+    assert (tasks, points) == (2, {"dense": [(1.0, 1.0)], "sparse": [(ratio, 0.75)]})
+
+
+def test_other_budgets_are_points_of_one_line():
+    """On the tasks that were run with them; the table of rivals has none of them, and more tasks."""
+    cells = {
+        f"ruler/4096/{task}/{method}": score(value, bytes_ratio=ratio)
+        for task, extra in (("a", True), ("b", False))
+        for method, value, ratio in (("dense", 1, None), ("sparse", 1, None), ("quest", 0, 0.25), ("quest@0.5", 0, 0.125))
+        if extra or "@" not in method
+    }
+    heads = {"query_heads": 2, "kv_heads": 2, "granularity": "group", "retrieval": [[0]]}
+    made = {"heads": heads, "sparse": {"window_tokens": 1024, "sink_tokens": 4}, "base_model": {"head_dim": 64}}
+    some = found(convert=made, fidelity={"novels 4096": loss(4096)}, selected={"0.001": 0.01}, **cells)
+    some["cells"]["ruler/4096/a/sparse@0.001"] = {"run": 0, "result": score(0.5)}
+    tasks, points = tables.points(some)
+    assert tasks == 1
+    assert points["quest"] == [(0.125, 0.0), (0.25, 0.0)]
+    (less, worse), (more, better) = points["sparse"]
+    assert (worse, better) == (0.5, 1.0)
+    assert less < more
+    svg = ElementTree.fromstring(tables.results_svg({"Model": some}))
+    lines = [path.get("stroke") for path in svg.iter("{http://www.w3.org/2000/svg}path") if not path.get("stroke-opacity")]
+    assert len(lines) == 2  # quest's and ours
+    assert "@" not in tables.rivals(some)
+    assert "| average of 2 |" in tables.rivals(some)
 
 
 def test_fidelity_has_exactly_these_rows():
