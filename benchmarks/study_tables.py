@@ -433,7 +433,7 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
 
     for left, (name, (tasks, at)) in zip(range(50, 450 * len(panels), 450), panels.items(), strict=True):
         model, _, recipe = name.partition(", ")
-        text(left, 16, f"{model}: RULER average of {tasks}", size=14)
+        text(left, 16, f"{model}: RULER average of {tasks} task{'s' * (tasks > 1)}", size=14)
         text(left, 34, recipe)
         for i in range(6):
             text(left - 6, 334 - 56 * i, f"{20 * i} %", "end")

@@ -91,7 +91,7 @@ def test_rivals_share_the_tasks_that_all_have():
     ]
     svg = tables.results_svg({"Model": found(**cells), "Other": None})
     text = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"dense", "quest", "Model: RULER average of 2"} <= set(text)
+    assert {"dense", "quest", "Model: RULER average of 2 tasks"} <= set(text)
     assert "sparse" not in text
     del cells["ruler/4096/a/quest"]
     assert "| average of 1 |" in tables.rivals(found(**cells))
