@@ -48,8 +48,10 @@ TASKS = (
 """RULER's thirteen, the telling ones first."""
 OURS = ("dense", "sparse", "stage1")
 CURVE_TASKS = TASKS[:4]
+LEAST = ("0.001", "0.0003", "3e-05")
+"""Other least probabilities of the sparse model."""
 CURVE = (
-    *(f"sparse@{least:g}" for least in (1e-3, 3e-4, 3e-5)),
+    *(f"sparse@{least}" for least in LEAST),
     *(f"{method}@{times:g}" for method in RIVALS if method != "razor" for times in (0.5, 2)),
 )
 """METHOD@SETTING, more points of quality against bytes: our least probability, a rival's budget over that of equal bytes."""
@@ -79,9 +81,7 @@ class Study:
 
     def with_least(self, probability: float) -> rtpurbo.Artifact:
         """The artefact with another least probability."""
-        return dataclasses.replace(
-            self.artifact, config=dataclasses.replace(self.artifact.config, min_probability=probability)
-        )
+        return dataclasses.replace(self.artifact, config=self.artifact.config.with_options(min_probability=probability))
 
     def sparse(self, **settings: Any) -> SparseConfig:
         """What the artefact is to be."""
@@ -292,15 +292,12 @@ def fidelity(study: Study) -> dict[str, Any]:
 
 
 def selected(study: Study, *, length: int) -> dict[str, Any]:
-    """Share of the far tokens that a unit selects in prose of this length, by the settings of the sparse model in CURVE."""
+    """Share of the far tokens that a unit selects in prose of this length, for every least probability in LEAST."""
     found = {}
-    for method, _, setting in (point.partition("@") for point in CURVE):
-        if method == "sparse":
-            settings = quiet(lengths_tokens=(length,), samples=(0,), fidelity_documents=4)
-            artifact = study.with_least(float(setting))
-            found[setting] = rtpurbo.evaluate(*study.model, artifact, study.args.dev[:1], settings)["index"][
-                "far_selected_ratio"
-            ]
+    settings = quiet(lengths_tokens=(length,), samples=(0,), fidelity_documents=4)
+    for least in LEAST:
+        measured = rtpurbo.evaluate(*study.model, study.with_least(float(least)), study.args.dev[:1], settings)
+        found[least] = measured["index"]["far_selected_ratio"]
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def average(tasks: Iterable[list[float]]) -> float:
+    """RULER's average: the mean over tasks of each task's mean."""
+    return mean([mean(scores) for scores in tasks])
+
+
 def ruler_cells(found: Found) -> dict[int, dict[str, dict[str, Found]]]:
     """Length -> task -> method -> result of RULER.
 
@@ -135,7 +141,7 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
             if telling or not beyond_chance:
                 rows.append(row)
         if len(pairs) > 1:
-            dense, sparse = (mean([mean(pair[i]) for pair in pairs]) for i in (0, 1))
+            dense, sparse = map(average, zip(*pairs, strict=True))
             row = [f"average of {len(pairs)}", str(sum(len(a) for a, _ in pairs)), "", f"{dense:.1%}", f"{sparse:.1%}"]
             row += [show(sparse / dense if dense else None, ".3f"), interval({"difference_95": average_interval(pairs)})]
             rows.append(row)
@@ -200,12 +206,15 @@ def compared(found: Found, *, curve: bool = False) -> Found | None:
     some = cells[length]
     bytes_read: dict[str, float | None] = {}
     for method in methods:
-        ratios = [some[task][method].get("bytes_ratio") for task in tasks]
-        ratios = [x for x in ratios if x is not None and not math.isnan(x)]
-        bytes_read[method] = mean(ratios) if ratios else None
-    bytes_read |= {method: 1.0 for method in methods if method == "dense"}
-    ours = (method.partition("@") for method in methods)
-    bytes_read |= {name + at + setting: our_bytes(found, length, setting) for name, at, setting in ours if name == "sparse"}
+        name, _, setting = method.partition("@")
+        if name == "dense":
+            bytes_read[method] = 1.0
+        elif name == "sparse":
+            bytes_read[method] = our_bytes(found, length, setting)
+        else:
+            ratios = [some[task][method].get("bytes_ratio") for task in tasks]
+            ratios = [x for x in ratios if x is not None and not math.isnan(x)]
+            bytes_read[method] = mean(ratios) if ratios else None
     scores = {method: [some[task][method]["scores"] for task in tasks] for method in methods}
     return {"length": length, "tasks": tasks, "scores": scores, "bytes": bytes_read}
 
@@ -218,7 +227,7 @@ def rivals(found: Found) -> str:
     flat = {method: [x for task in tasks for x in task] for method, tasks in at["scores"].items()}
     rows = []
     for method, tasks in at["scores"].items():
-        row = [method, f"{mean([mean(task) for task in tasks]):.1%}"]
+        row = [method, f"{average(tasks):.1%}"]
         if method == "sparse" or "sparse" not in flat:
             row.append("–")
         else:
@@ -377,7 +386,7 @@ def recipes() -> str:
         }
         if not pairs:
             continue
-        dense, sparse = (mean([mean(pair[i]) for pair in pairs.values()]) for i in (0, 1))
+        dense, sparse = map(average, zip(*pairs.values(), strict=True))
         row = [what, str(len(pairs)), f"{dense:.1%}", f"{sparse:.1%}", f"{sparse / dense:.3f}"]
         row += [f"{mean(pairs[task][1]):.1%}" if task in pairs else "–" for task in TOLD]
         losses = [change(one) for key, one in result(found, "fidelity").items() if key.endswith(f" {length}")]
@@ -409,9 +418,7 @@ def points(found: Found | None) -> tuple[int, dict[str, list[tuple[float, float]
     made: dict[str, list[tuple[float, float]]] = {}
     for method, ratio in (at["bytes"] if at else {}).items():
         if ratio is not None:
-            made.setdefault(method.partition("@")[0], []).append(
-                (ratio, mean([mean(task) for task in at["scores"][method]]))
-            )
+            made.setdefault(method.partition("@")[0], []).append((ratio, average(at["scores"][method])))
     return len(at["tasks"]) if at else 0, {method: sorted(places) for method, places in made.items()}
 
 

@@ -200,7 +200,8 @@ def distill(
             batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
             tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
-            counted, text = weights > 0, (weights > 0) & (expected < 0)
+            counted = weights > 0
+            text = counted & (expected < 0)
             expected = expected.where(want.argmax(-1) == expected, -1)  # else the teacher's own word is the label
             with _autocast(device):
                 got = prepared(input_ids=tokens, logits_to_keep=labels, use_cache=False).logits
