@@ -338,6 +338,8 @@ def say(*parts: Any) -> None:
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "stage_1_only": {"distill": {"steps": 0}},
+    "window_half": {"window": {"factor": 0.5}},
+    "window_double": {"window": {"factor": 2.0}},
     "share_0.10": {"calibrate": {"retrieval_ratio": 0.10}},
     "share_0.30": {"calibrate": {"retrieval_ratio": 0.30}},
     "query_heads": {"calibrate": {"granularity": "head"}},
@@ -365,8 +367,6 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "all_weights": {"distill": {"weights": "full", "learning_rate": 3e-5}},
     "no_answers": {"distill": {"answer_weight": 0.0, "retrieval_ratio": 0.0}},
     "prefill_by_tile": {"sparse": {"tile_probability": 3e-4}},
-    "window_half": {"window": {"factor": 0.5}},
-    "window_double": {"window": {"factor": 2.0}},
     "ladder": {"calibrate": {"window_mass": 0.98}},
 }
 """What each changes in the short recipe; `default` changes nothing."""
