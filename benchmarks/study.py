@@ -189,8 +189,9 @@ def convert(study: Study) -> dict[str, Any]:
     if "train_indexer" not in artifact.stages:
         with timed("train_indexer"):
             settings = IndexerConfig(
-                steps=args.index_steps, length_tokens=longest, documents=args.index_documents, capture_gib=args.capture_gib
-            )
+                steps=args.index_steps, length_tokens=longest, documents=args.index_documents, queries=args.index_queries,
+                capture_gib=args.capture_gib,
+            )  # fmt: skip
             work = out / WORK_DIR / "train_indexer"
             found = rtpurbo.train_indexer(model, tokenizer, artifact, args.train, settings, work=work)
             artifact = save_stage(out, "train_indexer", found, args.train)
@@ -564,6 +565,7 @@ def main() -> None:
     parser.add_argument("--check-samples", type=int, default=40)
     parser.add_argument("--index-steps", type=int, default=600)
     parser.add_argument("--index-documents", type=int, default=192)
+    parser.add_argument("--index-queries", type=int, default=IndexerConfig.queries, help="of a document, in each step")
     parser.add_argument("--capture-gib", type=float, default=24.0)
     parser.add_argument("--distill-steps", type=int, default=600)
     parser.add_argument("--distill-length", type=int, default=0, help="0: the longest of --lengths")
