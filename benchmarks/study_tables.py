@@ -23,10 +23,19 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
-MODELS = {"study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads", "study_smollm2": "SmolLM2-135M"}
+MODELS = {
+    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads",
+    "study_qwen25_coder_05b_four_documents": "Qwen2.5-Coder-0.5B, stage 2 at a lower rate",
+    "study_qwen25_coder_05b_window_4096": "Qwen2.5-Coder-0.5B, window 4096",
+    "study_smollm2": "SmolLM2-135M",
+}
 """File in benchmarks/results -> name of the model."""
 RECIPES = {
     "study_qwen25_coder_05b": "heads by gates, above",
+    "study_qwen25_coder_05b_four_documents": "the same heads and index; stage 2 in 500 steps of four documents at 3e-4",
+    "study_qwen25_coder_05b_index_only": "the same heads and index; no stage 2",
+    "study_qwen25_coder_05b_swapped_heads": "two heads that chains seemed to lack, for the two lowest; no stage 2",
+    "study_qwen25_coder_05b_window_4096": "window 4096; stage 2 in 500 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_unlabelled": "the same heads and index; no label where the dense model would not answer so",
     "study_qwen25_coder_05b_unlabelled_halved": "its adapter at half its size",
     "study_qwen25_coder_05b_answers_by_kl": "the same heads and index; answers by KL to the teacher, weight 0.25",
@@ -39,6 +48,12 @@ RECIPES = {
     "study_qwen25_coder_05b_groups_stage1": "the same, index only",
 }
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
+SETTINGS = {
+    "study_qwen25_coder_05b": "window 2048, 400 steps of two documents at 5e-4",
+    "study_qwen25_coder_05b_four_documents": "window 2048, 500 steps of four at 3e-4 (the default rate)",
+    "study_qwen25_coder_05b_window_4096": "window 4096 (the default), 500 steps of four at 3e-4",
+}
+"""File -> settings of that model that README compares."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
 METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
@@ -151,7 +166,7 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
         header = [f"RULER, {length} tokens", "samples", "prompt tokens", "dense", "sparse", "recovery", "difference, 95 %"]
         parts += [table(header, rows)] if rows else []
         cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values())
-        parts += [f"{cut} prompts did not fit and were cut."] if cut else []
+        parts += [f"{cut} prompts did not fit and were cut."] if cut and rows else []
     return "\n\n".join(parts)
 
 
@@ -184,7 +199,9 @@ def our_bytes(found: Found, length: int, setting: str = "") -> float | None:
 
 
 def compared(found: Found, *, curve: bool = False) -> Found | None:
-    """All methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
+    """Methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
+
+    A method that ran on few tasks is left out where the others' common tasks then make more cells.
 
     Args:
         curve: with methods at other budgets, METHOD@SETTING, as well.
@@ -192,53 +209,72 @@ def compared(found: Found, *, curve: bool = False) -> Found | None:
     Returns:
         "length", "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
     """
-    cells = ruler_cells(found)
-    if not cells:
-        return None
-    lengths = list(cells)
-    rivals = {n: sum(len(set(at) - {"dense", "sparse"}) for at in cells[n].values()) for n in lengths}
-    length = max(lengths, key=lambda n: rivals[n]) if any(rivals.values()) else lengths[len(lengths) // 2]
-    run = sorted({method for at in cells[length].values() for method in at if curve or "@" not in method})
-    methods = [method for one in METHODS for method in run if method.partition("@")[0] == one]
-    tasks = [task for task, at in cells[length].items() if all(method in at for method in methods)]
+    length, some = rivals_length(found)
+    ran = {method: sum(method in at for at in some.values()) for method in METHODS}
+
+    def common(methods: list[str]) -> list[str]:
+        return [task for task, at in some.items() if all(method in at for method in methods)]
+
+    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", "sparse"), -ran[m]))
+    methods = max((order[: n + 1] for n in range(len(order))), key=lambda part: len(part) * len(common(part)), default=[])
+    if curve:
+        budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
+        methods = [*budgets] if common([*budgets]) else methods
+    methods.sort(key=lambda method: (METHODS.index(method.partition("@")[0]), method))
+    tasks = common(methods) if methods else []
     if not tasks:
         return None
-    some = cells[length]
-    bytes_read: dict[str, float | None] = {}
-    for method in methods:
-        name, _, setting = method.partition("@")
-        if name == "dense":
-            bytes_read[method] = 1.0
-        elif name == "sparse":
-            bytes_read[method] = our_bytes(found, length, setting)
-        else:
-            ratios = [some[task][method].get("bytes_ratio") for task in tasks]
-            ratios = [x for x in ratios if x is not None and not math.isnan(x)]
-            bytes_read[method] = mean(ratios) if ratios else None
     scores = {method: [some[task][method]["scores"] for task in tasks] for method in methods}
-    return {"length": length, "tasks": tasks, "scores": scores, "bytes": bytes_read}
+    read = {method: bytes_read(found, length, method, tasks) for method in methods}
+    return {"length": length, "tasks": tasks, "scores": scores, "bytes": read}
+
+
+def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
+    """The length where rivals ran, else the middle one, and its cells of RULER (task -> method -> result)."""
+    cells = ruler_cells(found)
+    lengths = list(cells)
+    if not lengths:
+        return 0, {}
+    ran = {n: sum(len(set(at) - {"dense", "sparse"}) for at in cells[n].values()) for n in lengths}
+    length = max(lengths, key=lambda n: ran[n]) if any(ran.values()) else lengths[len(lengths) // 2]
+    return length, cells[length]
+
+
+def bytes_read(found: Found, length: int, method: str, tasks: list[str]) -> float | None:
+    """Cache bytes of a decode step over the dense model's: a method's mean over `tasks`; None when unknown."""
+    name, _, setting = method.partition("@")
+    if name == "dense":
+        return 1.0
+    if name == "sparse":
+        return our_bytes(found, length, setting)
+    at = ruler_cells(found)[length]
+    ratios = [at[task][method].get("bytes_ratio") for task in tasks]
+    ratios = [x for x in ratios if x is not None and not math.isnan(x)]
+    return mean(ratios) if ratios else None
 
 
 def rivals(found: Found) -> str:
-    """All methods at one length; "" when there is none but dense and sparse."""
-    at = compared(found)
-    if at is None or not set(at["scores"]) - {"dense", "sparse"}:
+    """All methods at one length, each on its own tasks; "" when there is none but dense and sparse."""
+    length, some = rivals_length(found)
+    ran = {method: [task for task, at in some.items() if method in at and "sparse" in at] for method in METHODS}
+    ran = {method: tasks for method, tasks in ran.items() if tasks}
+    shown = [
+        task for task in some if any(task in tasks for method, tasks in ran.items() if method not in ("dense", "sparse"))
+    ]
+    if not shown:
         return ""
-    flat = {method: [x for task in tasks for x in task] for method, tasks in at["scores"].items()}
     rows = []
-    for method, tasks in at["scores"].items():
-        row = [method, f"{average(tasks):.1%}"]
-        if method == "sparse" or "sparse" not in flat:
-            row.append("–")
-        else:
-            pair = paired(flat["sparse"], flat[method], other="method")
-            row.append(f"{pair['difference']:+.1%} ({interval(pair)})")
-        rows.append([*row, show(at["bytes"][method], ".3f"), *(f"{mean(task):.1%}" for task in tasks)])
-    header = [f"RULER, {at['length']} tokens", f"average of {len(at['tasks'])}", "difference to sparse", "bytes read"]
-    samples = len(next(iter(flat.values())))
+    for method, tasks in ran.items():
+        asked = [task for task in tasks if task in shown]
+        own, ours = ([some[task][name]["scores"] for task in asked] for name in (method, "sparse"))
+        row = [method, str(len(asked)), f"{average(own):.1%}", f"{average(ours):.1%}"]
+        low, high = average_interval(list(zip(ours, own, strict=True)))
+        row.append("–" if method == "sparse" else f"{average(own) - average(ours):+.1%} ({low:+.1%} to {high:+.1%})")
+        row.append(show(bytes_read(found, length, method, asked), ".3f"))
+        rows.append([*row, *(f"{mean(some[task][method]['scores']):.1%}" if task in asked else "–" for task in shown)])
+    header = [f"RULER, {length} tokens", "tasks", "average", "sparse on these", "difference", "bytes read", *shown]
     return (
-        table([*header, *at["tasks"]], rows)
-        + f"\n\n{samples} samples for every method, the same prompts. Bytes read: cache bytes of a decode step over the "
+        table(header, rows) + "\n\nThe same prompts for every method. Bytes read: cache bytes of a decode step over the "
         "dense model's, measured, for sparse by arithmetic from the measured share of far tokens."
     )
 
@@ -384,15 +420,45 @@ def recipes() -> str:
             for task, at in ruler_cells(found).get(length, {}).items()
             if {"dense", "sparse"} <= set(at)
         }
-        if not pairs:
-            continue
-        dense, sparse = map(average, zip(*pairs.values(), strict=True))
-        row = [what, str(len(pairs)), f"{dense:.1%}", f"{sparse:.1%}", f"{sparse / dense:.3f}"]
+        row = [what, str(len(pairs)), *["–"] * 3]
+        if pairs:
+            dense, sparse = map(average, zip(*pairs.values(), strict=True))
+            row[2:] = [f"{dense:.1%}", f"{sparse:.1%}", f"{sparse / dense:.3f}"]
         row += [f"{mean(pairs[task][1]):.1%}" if task in pairs else "–" for task in TOLD]
         losses = [change(one) for key, one in result(found, "fidelity").items() if key.endswith(f" {length}")]
+        if not pairs and not losses:
+            continue
         rows.append([*row, " / ".join(f"{x:+.2%}" for x in losses) or "–", f"`{name}.json`"])
     header = [f"RULER, {length} tokens", "tasks", "dense", "sparse", "recovery", *TOLD, "loss, novels / code", "file"]
     return table(header, rows) or MISSING
+
+
+def settings() -> str:
+    """What settings of stage 2 and the window do to one model's text, short contexts and RULER: a row each."""
+    rows = []
+    for name, what in SETTINGS.items():
+        found = load(name) or {"cells": {}}
+        by_source: dict[str, list[float]] = {}
+        for key, one in result(found, "fidelity").items():
+            by_source.setdefault(key.rpartition(" ")[0], []).append(change(one))
+        if not by_source:
+            continue
+        short = result(found, "short_context")
+        told = [f"{min(changes):+.2%} to {max(changes):+.2%}" for changes in by_source.values()]
+        told.append(", ".join(f"{change(one['sparse']):+.2%}" for one in short.get("documents", {}).values()) or "–")
+        f1 = short.get("squad", {}).get("f1", {}).get("sparse")
+        told.append(f"{f1['sparse']:.1%} ({interval(f1)})" if f1 else "–")
+        kept = []
+        for length, tasks in ruler_cells(found).items():
+            pairs = [
+                (at["dense"]["scores"], at["sparse"]["scores"]) for at in tasks.values() if {"dense", "sparse"} <= set(at)
+            ]
+            if len(pairs) > 1:
+                dense, sparse = map(average, zip(*pairs, strict=True))
+                kept.append(f"{sparse / dense:.3f} on {len(pairs)} at {length // 1024}K")
+        rows.append([what, *told, "; ".join(kept) or "–"])
+    header = ["loss against dense, 8K to 32K", "novels", "code", "2048 tokens: novels, code", "SQuAD, F1 (difference, 95 %)"]
+    return table([*header, "RULER, recovery on tasks"], rows) or MISSING
 
 
 PARTS = {
@@ -423,9 +489,9 @@ def points(found: Found | None) -> tuple[int, dict[str, list[tuple[float, float]
 
 
 def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
-    """RULER average against bytes read, a panel for each model: `found`, by default the files; None without two points."""
+    """RULER average against bytes read, a panel for each model with rivals: `found`, by default the files; else None."""
     found = {label: load(name) for name, label in MODELS.items()} if found is None else found
-    panels = {name: at for name, some in found.items() if len((at := points(some))[1]) > 1}
+    panels = {name: at for name, some in found.items() if set((at := points(some))[1]) - {"dense", "sparse"}}
     if not panels:
         return None
     parts = [
@@ -455,6 +521,9 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
             x, y = drawn[-1]
+            if method == "sparse":  # left of its point, where no other label is
+                text(x - 8, y + 4, method, "end", colour)
+                continue
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
             taken.append((x, below))
             text(x + 8, below + 4, method, colour=colour)
@@ -484,4 +553,5 @@ TABLES = {name: partial(model_tables, name) for name in MODELS} | {
     "results_plot": figure,
     "ruler": summary,
     "recipes": recipes,
+    "settings": settings,
 }

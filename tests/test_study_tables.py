@@ -76,28 +76,52 @@ def test_the_average_redraws_samples_within_tasks():
     assert 0.28 < high < 0.33
 
 
-def test_rivals_share_the_tasks_that_all_have():
+def test_rivals_are_compared_on_their_own_tasks():
     cells = {
         f"ruler/4096/{task}/{method}": score(*values, **({"bytes_ratio": 0.25} if method == "quest" else {}))
         for task in ("a", "b")
         for method, values in (("dense", [1, 1]), ("sparse", [1, 1]), ("quest", [0, 0]))
     }
     assert tables.rivals(found(**cells)).splitlines()[:5] == [
-        "| RULER, 4096 tokens | average of 2 | difference to sparse | bytes read | a | b |",
-        "|---|---|---|---|---|---|",
-        "| dense | 100.0% | +0.0% (+0.0% to +0.0%) | 1.000 | 100.0% | 100.0% |",
-        "| sparse | 100.0% | – | – | 100.0% | 100.0% |",
-        "| quest | 0.0% | -100.0% (-100.0% to -100.0%) | 0.250 | 0.0% | 0.0% |",
+        "| RULER, 4096 tokens | tasks | average | sparse on these | difference | bytes read | a | b |",
+        "|---|---|---|---|---|---|---|---|",
+        "| dense | 2 | 100.0% | 100.0% | +0.0% (+0.0% to +0.0%) | 1.000 | 100.0% | 100.0% |",
+        "| sparse | 2 | 100.0% | 100.0% | – | – | 100.0% | 100.0% |",
+        "| quest | 2 | 0.0% | 100.0% | -100.0% (-100.0% to -100.0%) | 0.250 | 0.0% | 0.0% |",
     ]
     svg = tables.results_svg({"Model": found(**cells), "Other": None})
     text = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"dense", "quest", "Model: RULER average of 2 tasks"} <= set(text)
     assert "sparse" not in text
     del cells["ruler/4096/a/quest"]
-    assert "| average of 1 |" in tables.rivals(found(**cells))
+    assert tables.rivals(found(**cells)).splitlines()[2:5] == [
+        "| dense | 1 | 100.0% | 100.0% | +0.0% (+0.0% to +0.0%) | 1.000 | 100.0% |",
+        "| sparse | 1 | 100.0% | 100.0% | – | – | 100.0% |",
+        "| quest | 1 | 0.0% | 100.0% | -100.0% (-100.0% to -100.0%) | 0.250 | 0.0% |",
+    ]
+    cells |= {f"ruler/4096/a/{name}": score(*values) for name, values in (("window", [1, 0]), ("sparse", [1, 1]))}
+    assert tables.rivals(found(**cells)).splitlines()[4:6] == [
+        "| quest | 1 | 0.0% | 100.0% | -100.0% (-100.0% to -100.0%) | 0.250 | – | 0.0% |",
+        "| window | 1 | 50.0% | 100.0% | -50.0% (-100.0% to +0.0%) | – | 50.0% | – |",
+    ]
+    del cells["ruler/4096/a/window"]
     del cells["ruler/4096/b/quest"]
     assert tables.rivals(found(**cells)) == ""
     assert tables.results_svg({"Model": found(**cells)}) is None  # what sparse reads is unknown
+
+
+def test_the_figure_leaves_out_a_method_that_ran_on_few_tasks():
+    cells = {f"ruler/4096/{task}/{name}": score(1.0) for task in "abc" for name in ("dense", "sparse", "quest", "window")}
+    cells["ruler/4096/b/top_k"] = score(1.0)
+    at = tables.compared(found(**cells))
+    assert at["tasks"] == ["a", "b", "c"]
+    assert list(at["scores"]) == ["dense", "sparse", "quest", "window"]
+    assert "| top_k | 1 | 100.0% |" in tables.rivals(found(**cells))
+    cells |= {f"ruler/4096/{task}/top_k": score(1.0) for task in "ac"}
+    del cells["ruler/4096/a/window"]
+    at = tables.compared(found(**cells))  # 5 methods on 2 tasks against 4 on 3
+    assert list(at["scores"]) == ["dense", "sparse", "top_k", "quest"]
+    assert at["tasks"] == ["a", "b", "c"]
 
 
 def test_sparse_reads_what_fidelity_measured():
@@ -133,7 +157,7 @@ def test_other_budgets_are_points_of_one_line():
     lines = [path.get("stroke") for path in svg.iter("{http://www.w3.org/2000/svg}path") if not path.get("stroke-opacity")]
     assert len(lines) == 2  # quest's and ours
     assert "@" not in tables.rivals(some)
-    assert "| average of 2 |" in tables.rivals(some)
+    assert "| quest | 2 |" in tables.rivals(some)
 
 
 def test_fidelity_has_exactly_these_rows():
@@ -206,6 +230,7 @@ def test_the_summary_has_averages_and_what_is_beyond_chance(monkeypatch):
         for task, after in (("same", (1.0, 0.0)), ("worse", (0.0, 0.0)), ("better", (1.0, 1.0)))
         for method, values in (("dense", (1.0, 0.0) * 10), ("sparse", after * 10))
     }
+    cells |= {f"ruler/200/t/{name}": score(1.0, prompts_cut=1) for name in ("dense", "sparse")}  # no row, so not told
     monkeypatch.setattr(tables, "load", lambda name: found(**cells))
     lines = tables.summary().splitlines()
     assert lines[0].startswith(f"| {next(iter(tables.MODELS.values()))}: RULER, 100 tokens |")
@@ -220,7 +245,34 @@ def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
     }
     some = found(**cells, **{"ruler/16384/t/sparse": score(1.0), "fidelity": {"novels 16384": loss(16384)}})
     files = {"study_qwen25_coder_05b": some, "study_qwen25_coder_05b_groups": found(**{"ruler/16384/t/dense": score(1.0)})}
+    files["study_qwen25_coder_05b_effects"] = found(fidelity={"novels 16384": loss(16384)})
     monkeypatch.setattr(tables, "load", files.get)
     assert tables.recipes().splitlines()[2:] == [
-        "| heads by gates, above | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |"
+        "| heads by gates, above | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |",
+        "| heads by effects | 0 | – | – | – | – | – | – | +0.50% | `study_qwen25_coder_05b_effects.json` |",
+    ]
+
+
+def test_settings_of_stage_2_are_compared(monkeypatch):
+    cells = {
+        f"ruler/16384/{task}/{name}": score(*values)
+        for task in ("a", "b")
+        for name, values in (("dense", (1.0, 1.0)), ("sparse", (1.0, 0.0)))
+    }
+    part = {"dense": 2.0, "sparse": 2.01}
+    short = {"documents": {"novels": {"sparse": part}, "code": {"sparse": part}}, "squad": {"f1": {"sparse": PAIR}}}
+    losses = {
+        "/text/novels 8192": loss(8192),
+        "/text/novels 16384": {**loss(16384), "sparse": 1.99},
+        "code 8192": loss(8192),
+    }
+    name, *others = tables.SETTINGS
+    files = {
+        name: found(fidelity=losses, short_context=short, **cells),
+        others[0]: found(fidelity={"novels 8192": loss(8192)}),
+    }
+    monkeypatch.setattr(tables, "load", files.get)
+    assert [line.split("| ", 2)[2] for line in tables.settings().splitlines()[2:]] == [
+        "-0.50% to +0.50% | +0.50% to +0.50% | +0.50%, +0.50% | 25.0% (-50.0% to +0.0%) | 0.500 on 2 at 16K |",
+        "+0.50% to +0.50% | – | – | – |",
     ]
