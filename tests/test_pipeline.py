@@ -313,7 +313,7 @@ def test_settings_follow_from_the_model():
         "distill.batch_size": 4,
         "retrieval_ratio": 0.15,
     }
-    defaults |= {"indexer.learning_rate": 1e-2, "distill.learning_rate": 7e-4, "distill.weights": "lora"}
+    defaults |= {"indexer.learning_rate": 1e-2, "distill.learning_rate": 3e-4, "distill.weights": "lora"}
     for name, value in defaults.items():
         assert found[name][0] == value
         assert found[name][1].startswith("the default; ")

@@ -248,7 +248,7 @@ class IndexerConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Stage 2: match the dense model's next-token distribution (paper, section 3.3)."""
 
-    learning_rate: float = 7e-4
+    learning_rate: float = 3e-4
     """Peak learning rate of AdamW; linear warm-up over the first 5 %, then cosine to a tenth. For all weights use a tenth
     or less."""
     batch_size: int = 4
