@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerCo
 from rtpurbo.evals.compare import both
 from rtpurbo.families import context_tokens
 from rtpurbo.models import load_model
-from rtpurbo.pipeline import save_stage
+from rtpurbo.pipeline import PAPER, ConvertConfig, save_stage
 
 TASKS = (
     "niah_single_2", "niah_multikey_2", "niah_multiquery", "ruler_vt", "niah_multikey_3", "niah_multivalue",
@@ -85,7 +86,15 @@ class Study:
 
     def sparse(self, **settings: Any) -> SparseConfig:
         """What the artefact is to be."""
-        return SparseConfig(**{"window_tokens": self.args.window, "min_probability": self.args.min_probability, **settings})
+        rule = {"top_p": self.recipe.top_p, "min_probability": self.recipe.min_probability}
+        if self.args.min_probability is not None:
+            rule["min_probability"] = self.args.min_probability
+        return SparseConfig(**{"window_tokens": self.args.window, **rule, **settings})
+
+    @property
+    def recipe(self) -> ConvertConfig:
+        """What --recipe starts from."""
+        return PAPER if self.args.recipe == "paper" else ConvertConfig()
 
     @property
     def tokenizer(self) -> Any:
@@ -158,9 +167,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def convert(study: Study) -> dict[str, Any]:
-    """The default recipe: calibrate, index, distil. The artefact goes to OUT/NAME/artefact, resumable stage by stage."""
+    """Calibrate, index, distil. The artefact goes to OUT/NAME/artefact, resumable stage by stage."""
     args, out = study.args, study.folder / "artefact"
     model, tokenizer = study.model
+    recipe = study.recipe
+    ours = args.recipe == "default"  # the paper's settings are its own but for lengths, steps and what fits the machine
     longest = max(args.lengths)
     artifact = rtpurbo.Artifact.load(out) if out.is_dir() else None
     seconds: dict[str, float] = {}
@@ -179,28 +190,29 @@ def convert(study: Study) -> dict[str, Any]:
 
     if artifact is None:
         with timed("calibrate"):
-            settings = CalibrateConfig(
-                granularity=args.granularity, scoring=args.scoring, retrieval_ratio=args.retrieval_ratio,
-                lengths_tokens=tuple(args.lengths), documents=args.calibrate_documents,
-                check_samples=args.check_samples,
+            own = {"granularity": args.granularity, "scoring": args.scoring, "documents": args.calibrate_documents}
+            settings = dataclasses.replace(
+                recipe.calibrate, lengths_tokens=tuple(args.lengths), retrieval_ratio=args.retrieval_ratio,
+                check_samples=args.check_samples, **own if ours else {},
             )  # fmt: skip
             found = rtpurbo.calibrate(model, tokenizer, args.train, settings, study.sparse(), model_name=args.model_name)
             artifact = save_stage(out, "calibrate", found, args.train)
     if "train_indexer" not in artifact.stages:
         with timed("train_indexer"):
-            settings = IndexerConfig(
-                steps=args.index_steps, length_tokens=longest, documents=args.index_documents, queries=args.index_queries,
-                capture_gib=args.capture_gib,
+            settings = dataclasses.replace(
+                recipe.indexer, steps=args.index_steps, length_tokens=longest, documents=args.index_documents,
+                queries=args.index_queries, capture_gib=args.capture_gib,
             )  # fmt: skip
             work = out / WORK_DIR / "train_indexer"
             found = rtpurbo.train_indexer(model, tokenizer, artifact, args.train, settings, work=work)
             artifact = save_stage(out, "train_indexer", found, args.train)
     if args.distill_steps and "distill" not in artifact.stages:
         with timed("distill"):
-            settings = DistillConfig(
-                weights=args.weights, steps=args.distill_steps, learning_rate=args.learning_rate, batch_size=args.batch_size,
-                length_tokens=args.distill_length or longest, labels=args.labels,
-                gradient_checkpointing=not args.keep_activations,
+            own = {"weights": args.weights, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
+            own["retrieval_ratio"] = args.distill_questions
+            settings = dataclasses.replace(
+                recipe.distill, steps=args.distill_steps, length_tokens=args.distill_length or longest, labels=args.labels,
+                gradient_checkpointing=not args.keep_activations, **own if ours else {},
             )  # fmt: skip
             work = out / WORK_DIR / "distill"
             found = rtpurbo.distill(model, tokenizer, artifact, args.train, settings, work=work)
@@ -478,7 +490,8 @@ def work(study: Study, plan: list[Cell]) -> None:
             if study.args.deadline and time.time() > study.args.deadline:
                 return
             try:
-                study.claim(cell.name).touch(exist_ok=False)
+                with study.claim(cell.name).open("x") as claim:
+                    claim.write(str(os.getpid()))
             except FileExistsError:
                 continue
             run_cell(study, cell)
@@ -557,7 +570,11 @@ def main() -> None:
     parser.add_argument("--ruler-files", help="folder with RULER's essays and question sets; default: downloaded")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192])
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--min-probability", type=float, default=1e-4)
+    parser.add_argument("--min-probability", type=float, help="default: the recipe's")
+    parser.add_argument(
+        "--recipe", default="default", choices=("default", "paper"),
+        help="paper: its settings wherever they are known, instead of the options for scoring, granularity and distillation",
+    )  # fmt: skip
     parser.add_argument("--granularity", default="auto")
     parser.add_argument("--scoring", default="gates", choices=("gates", "needle"), help="how heads are chosen")
     parser.add_argument("--retrieval-ratio", type=float, default=0.15)
@@ -573,6 +590,9 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=DistillConfig.learning_rate, help="of the distillation")
     parser.add_argument("--batch-size", type=int, default=4, help="of the distillation, in documents")
+    parser.add_argument(
+        "--distill-questions", type=float, default=DistillConfig.retrieval_ratio, help="share of documents with questions"
+    )
     parser.add_argument("--keep-activations", action="store_true", help="distil without gradient checkpointing")
     parser.add_argument("--samples", type=int, default=100, help="of every RULER task and needle kind")
     parser.add_argument("--loss-documents", type=int, default=8)
