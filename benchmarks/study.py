@@ -401,15 +401,16 @@ def ablation(
     lengths = (length // 4, length)
     config = study.sparse(**sparse or {})
     config = dataclasses.replace(config, window_tokens=int(config.window_tokens * (window or {}).get("factor", 1.0)))
+    beyond = tuple(n for n in (length // 4, length // 2, length) if n > config.window_tokens + config.sink_tokens)
     stages = {
-        "calibrate": CalibrateConfig(
-            **{"lengths_tokens": (length // 4, length // 2, length), "documents": 18} | (calibrate or {})
-        ),
+        "calibrate": CalibrateConfig(**{"lengths_tokens": beyond, "documents": 18} | (calibrate or {})),
         "train_indexer": IndexerConfig(
             **{"steps": 300, "length_tokens": length, "documents": 96, "capture_gib": args.capture_gib} | (indexer or {})
         ),
         "distill": DistillConfig(
-            **{"steps": 100, "length_tokens": length, "gradient_checkpointing": False} | (distill or {})
+            **{"steps": 100, "length_tokens": length, "gradient_checkpointing": False}
+            | {"learning_rate": args.learning_rate}
+            | (distill or {})
         ),
     }
     run = {"calibrate": rtpurbo.calibrate, "train_indexer": rtpurbo.train_indexer, "distill": rtpurbo.distill}
