@@ -253,26 +253,37 @@ def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
     ]
 
 
-def test_settings_of_stage_2_are_compared(monkeypatch):
-    cells = {
-        f"ruler/16384/{task}/{name}": score(*values)
-        for task in ("a", "b")
-        for name, values in (("dense", (1.0, 1.0)), ("sparse", (1.0, 0.0)))
-    }
+def test_aims_say_what_was_missed(monkeypatch):
+    def cells(length: int, sparse: float) -> dict:
+        return {
+            f"ruler/{length}/{task}/{name}": score(*[value] * 8)
+            for task, after in (("niah_a", 1.0), ("ruler_vt", sparse))
+            for name, value in (("dense", 1.0), ("sparse", after))
+        }
+
+    low = {**loss(32768), "index": {"mass_kept": 0.925, "far_selected_ratio": 0.05}}
     part = {"dense": 2.0, "sparse": 2.01}
-    short = {"documents": {"novels": {"sparse": part}, "code": {"sparse": part}}, "squad": {"f1": {"sparse": PAIR}}}
-    losses = {
-        "/text/novels 8192": loss(8192),
-        "/text/novels 16384": {**loss(16384), "sparse": 1.99},
-        "code 8192": loss(8192),
+    short = {
+        "documents": {"novels": {"sparse": part}, "code": {"sparse": part}},
+        "squad": {"samples": 4, "f1": {"sparse": PAIR}},
     }
-    name, *others = tables.SETTINGS
-    files = {
-        name: found(fidelity=losses, short_context=short, **cells),
-        others[0]: found(fidelity={"novels 8192": loss(8192)}),
-    }
-    monkeypatch.setattr(tables, "load", files.get)
-    assert [line.split("| ", 2)[2] for line in tables.settings().splitlines()[2:]] == [
-        "-0.50% to +0.50% | +0.50% to +0.50% | +0.50%, +0.50% | 25.0% (-50.0% to +0.0%) | 0.500 on 2 at 16K |",
-        "+0.50% to +0.50% | – | – | – |",
-    ]
+    worse = {**PAIR, "difference_95": [-0.5, -0.1]}
+    bad = found(
+        fidelity={"novels 16384": loss(16384), "novels 32768": low}, short_context=short, needles={"needle": [PAIR, worse]},
+        **cells(8192, 1.0), **cells(16384, 0.9),
+    )  # fmt: skip
+    first, second, _ = tables.CONVERSIONS
+    monkeypatch.setattr(tables, "load", {first: bad, second: found()}.get)
+    rows = [line.split(" | ") for line in tables.aims().splitlines()]
+    assert [row[1] for row in rows[2:]] == [
+        "1.000 on 2 tasks", "**0.950 on 2 tasks**", "–", "**16K: vt**", "**+3.50% (+0.50% on the whole)**", "5.0%",
+        "**5.0%**", "**92.5%**", "+0.50%, +0.50%", "f1 25.0% of 50.0%", "**1 of 2**",
+    ]  # fmt: skip
+    assert [row[2] for row in rows[2:]] == ["– |"] * len(tables.AIMS)
+    good = found(
+        fidelity={"novels 16384": {**loss(16384), "by_position": [{"loss_dense": 2.0, "loss_sparse": 2.01}]}},
+        needles={"needle": [PAIR]}, **cells(8192, 1.0),
+    )  # fmt: skip
+    assert tables.reached(good) == [
+        "1.000 on 2 tasks", "–", "–", "none", "+0.50% (+0.50% on the whole)", "5.0%", "–", "97.5%", "–", "–", "1 of 1",
+    ]  # fmt: skip
