@@ -15,7 +15,7 @@ from rtpurbo import distillation
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.config import DistillConfig, IndexerConfig
 from rtpurbo.data import documents
-from rtpurbo.distillation import HELD_OUT_DOCUMENTS, distill, top_kl, training_batch
+from rtpurbo.distillation import HELD_OUT_DOCUMENTS, _rose, distill, top_kl, training_batch
 from rtpurbo.evals.compare import both
 from rtpurbo.generate import load
 from rtpurbo.indexer_training import train_indexer
@@ -336,7 +336,7 @@ def test_checkpointing_recomputes_every_layer(model, made, tokenizer, source, mo
             config = dataclasses.replace(CONFIG, steps=1, gradient_checkpointing=on, save_every=0)
             distill(model, tokenizer, made, [source], config)
             assert sum(runs) == times
-            held_out = 2 * 2 * HELD_OUT_DOCUMENTS  # before and after, teacher and student
+            held_out = 2 * 2 * 1  # before and after, teacher and student, as many documents as are trained on
             assert len(runs) - sum(runs) == 1 + held_out  # the teacher
     finally:
         hook.remove()
@@ -413,6 +413,30 @@ def test_harm_is_noted(model, made, tokenizer, source):
     assert [note.split(" on held-out")[0] for note in metrics["notes"]] == [
         "Distillation did harm: loss against the dense model", "Distillation did harm: KL from the dense model in text",
     ]  # fmt: skip
+
+
+def test_harm_is_what_goes_beyond_chance():
+    assert _rose([1.0], [1.01])
+    assert not _rose([1.0], [1.0])
+    assert _rose([1.0, 2.0, 3.0, 4.0], [1.1, 2.1, 3.1, 4.2])
+    assert not _rose([1.0, 2.0, 3.0, 4.0], [1.5, 1.7, 3.4, 4.0])  # 0.15 with a standard error of 0.18
+    assert not _rose([1.0, 2.0], [0.9, 1.9])
+
+
+def test_every_source_has_a_judge(model, made, tokenizer, source, monkeypatch):
+    """Documents beside those that are trained on, of all sources, and no more than those."""
+    asked = []
+
+    def counted(sources: list[str], *args: object, count: int, **settings: object) -> list[torch.Tensor]:
+        asked.append(count)
+        return documents(sources, *args, count=count, **settings)
+
+    monkeypatch.setattr("rtpurbo.distillation.documents", counted)
+    config = dataclasses.replace(CONFIG, steps=12, save_every=0)
+    for some, judges in (([source], HELD_OUT_DOCUMENTS), ([source] * 10, 10), ([source] * 20, 12)):
+        distill(model, tokenizer, made, some, config)
+        assert asked.pop() == 12 + judges
+    assert HELD_OUT_DOCUMENTS == 8
 
 
 # What is saved

@@ -11,18 +11,20 @@
    own: learned from text alone, the adapter forgets how to retrieve.
 4. No gradient flows through the selection, and an adapter leaves queries and keys alone: what the index was trained on
    stays as it was. It adapts what comes after the attention weights, values, outputs and MLPs.
-5. Held-out documents of the same mix say whether the loss fell, and its part in text; a stage that did harm to either
-   says so in its notes.
+5. Held-out documents of the same mix say whether the loss fell, and its part in text; a stage that did harm to either,
+   beyond chance, says so in its notes.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
 import tempfile
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ from .training import prepare, stage_inputs, train, trainable_state
 LORA_TARGETS = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_DOCUMENTS = 2048
 """Different training documents; longer runs see them again, cut and labelled otherwise."""
-HELD_OUT_DOCUMENTS = 2
+HELD_OUT_DOCUMENTS = 8
+"""Documents that judge the stage, at least one of every source; as many as training ones where these are fewer."""
 LONGEST_JOINER = 16
 """Tokens between two answers, at most, if they belong to one list."""
 LABELS_PER_PIECE = 256
@@ -180,7 +183,8 @@ def distill(
     shortest_tokens = shortest_document(config, artifact.config, length, tokenizer)
     total = config.steps * config.batch_size * accelerator.num_processes
     count = max(1, min(total, MOST_DOCUMENTS))
-    texts = documents(sources, tokenizer, length_tokens=length, count=count + HELD_OUT_DOCUMENTS, seed=config.seed + 1)
+    judges = min(count, max(HELD_OUT_DOCUMENTS, len(sources)))
+    texts = documents(sources, tokenizer, length_tokens=length, count=count + judges, seed=config.seed + 1)
     texts, held_out = texts[:count], texts[count:]
     torch.manual_seed(config.seed)
     sharded = accelerator.num_processes > 1 and accelerator.is_fsdp2  # in place, so never the caller's model
@@ -215,13 +219,13 @@ def distill(
             }
 
         @torch.no_grad()
-        def on_held_out() -> dict[str, float]:
-            """Means on the held-out documents; every process sees the same ones."""
+        def on_held_out() -> dict[str, list[float]]:
+            """Values on the held-out documents, one each; every process sees the same ones."""
             found = [compare([text], -1 - i, -1 - i) for i, text in enumerate(held_out)]
             for module in prepared.modules():
                 if isinstance(module, FSDPModule):  # it may leave weights whole, which no optimiser may see
                     module.reshard()
-            return {name: sum(float(row[name]) for row in found) / len(found) for name in found[0]}
+            return {name: [float(row[name]) for row in found] for name in found[0]}
 
         def step(number: int) -> dict[str, float]:
             first = (number * world + rank) * config.batch_size
@@ -258,17 +262,26 @@ def distill(
     if history:
         tail = history[-max(1, len(history) // 10) :]
         metrics = {
-            f"held_out_{name}_{when}": row[name] for name in before for when, row in (("before", before), ("after", after))
+            f"held_out_{name}_{when}": fmean(row[name])
+            for name in before
+            for when, row in (("before", before), ("after", after))
         }
         for name in before:
             metrics |= {f"{name}_first": history[0][name], f"{name}_last": sum(r[name] for r in tail) / len(tail)}
         metrics["notes"] = [
-            f"Distillation did harm: {what} on held-out documents {before[name]:.3g} -> {after[name]:.3g}. Use a lower "
-            "--learning-rate, more documents a step, or the artefact without this stage."
+            f"Distillation did harm: {what} on held-out documents {fmean(before[name]):.3g} -> {fmean(after[name]):.3g}. "
+            "Use a lower --learning-rate, more documents a step, or the artefact without this stage."
             for name, what in (("loss", "loss against the dense model"), ("text_kl", "KL from the dense model in text"))
-            if after[name] > before[name]
+            if _rose(before[name], after[name])
         ]
     return artifact.with_stage("distill", config, metrics, weights_kind=config.weights, weights_path=weights)
+
+
+def _rose(before: list[float], after: list[float]) -> bool:
+    """Whether the mean rose by more than two standard errors of the documents' differences; of one document: at all."""
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    error = stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 0.0
+    return fmean(changes) > 2 * error
 
 
 def _autocast(device: torch.device):
