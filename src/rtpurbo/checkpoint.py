@@ -315,7 +315,7 @@ def sweep(path: Path) -> None:
     """Remove what the config does not name: files of an earlier save, or of one that did not come to its end."""
     config = path / CONFIG_FILE
     text = config.read_text(errors="replace") if config.is_file() else ""
-    for entry in path.iterdir():
+    for entry in [*path.iterdir(), *(path / METRICS_DIR).glob(".tmp-*")]:
         if _OURS.fullmatch(entry.name) and entry.name not in text:
             _remove(entry)
 
