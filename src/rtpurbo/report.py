@@ -301,8 +301,10 @@ def _curves(stage: str, artifact: Artifact, curves: dict[str, list[dict[str, flo
     ):
         steps, values = [row["step"] + 1 for row in rows if key in row], [row[key] for row in rows if key in row]
         log = key == "loss" and min(values, default=0) > 0
-        y = {"title": title + ", log scale" * log, "type": "log" if log else "linear"}
-        y["tickformat"] = ".0%" if key == "top1_agreement" else ".3~g"
+        y: dict[str, Any] = {"title": title + ", log scale" * log, "type": "log" if log else "linear"}
+        y["tickformat"] = ".1~%" if key == "top1_agreement" else ".3~g"
+        if key == "learning_rate":  # of one or two steps a tiny constant
+            y["range"] = [0, 1.05 * max(values, default=1.0)]
         mode = "lines+markers" if len(values) < 20 else "lines"  # a single step is a dot
         if values:
             trace = _line(title, steps, values, "step %{x}: %{y:.4g}", color, mode=mode)
@@ -329,7 +331,10 @@ def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
         "Each mark is one selection. Best is the top left, much attention mass found with few tokens; low ones miss part of "
         "what full attention reads."
     )
-    x, y = {"title": "far tokens selected per query", "rangemode": "tozero"}, {"title": "mass recalled", "tickformat": ".0%"}
+    x, y = (
+        {"title": "far tokens selected per query", "rangemode": "tozero"},
+        {"title": "mass recalled", "tickformat": ".1~%"},
+    )
     return _figure("index-units", caption, traces, x=x, y=y, height=360) if traces else ""
 
 
@@ -405,7 +410,7 @@ def _long_generation(found: dict[str, Any] | None) -> str:
     x = {"title": "position in the generated text (tokens)"}
     for key, title, form, caption in (
         ("kl", "KL to dense (nats)", ".3~g", "look for a rise to the right, where errors of the sparse cache add up."),
-        ("top1_agreement", "same top token", ".0%", "the dense model's own text, read by sparse decode steps."),
+        ("top1_agreement", "same top token", ".1~%", "the dense model's own text, read by sparse decode steps."),
     ):
         values = [b[key] for b in (*drift, *drift[-1:])]
         trace = _line(title, edges, values, f"%{{y:{form}}}", SPARSE, shape="hv")
