@@ -210,6 +210,7 @@ def convert(study: Study) -> dict[str, Any]:
         with timed("distill"):
             own = {"weights": args.weights, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
             own["retrieval_ratio"] = args.distill_questions
+            own["lora_layers"] = args.lora_layers
             settings = dataclasses.replace(
                 recipe.distill, steps=args.distill_steps, length_tokens=args.distill_length or longest, labels=args.labels,
                 gradient_checkpointing=not args.keep_activations, **own if ours else {},
@@ -594,6 +595,7 @@ def main() -> None:
     parser.add_argument(
         "--distill-questions", type=float, default=DistillConfig.retrieval_ratio, help="share of documents with questions"
     )
+    parser.add_argument("--lora-layers", type=float, default=DistillConfig.lora_layers, help="share of the layers it adapts")
     parser.add_argument("--keep-activations", action="store_true", help="distil without gradient checkpointing")
     parser.add_argument("--samples", type=int, default=100, help="of every RULER task and needle kind")
     parser.add_argument("--loss-documents", type=int, default=8)

@@ -122,6 +122,7 @@ def test_every_field_is_documented(cls):
         (IndexerConfig, {"steps": -1}, r"steps must be 0 or more, got -1\."),
         (IndexerConfig, {"start": "svd"}, r"start must be 'closed_form' or 'random', got 'svd'\."),
         (DistillConfig, {"batch_size": 0}, r"batch_size must be at least 1, got 0\."),
+        (DistillConfig, {"lora_layers": 0.0}, r"lora_layers must be in \(0, 1\], got 0\.0\."),
         (DistillConfig, {"weights": "qlora"}, r"weights must be 'lora' or 'full', got 'qlora'\."),
         (EvalConfig, {"lengths_tokens": (0,)}, r"lengths_tokens must be 1 or more, got \(0,\)\."),
         (EvalConfig, {"samples": (-1,)}, r"samples must be 0 or more, got \(-1,\)\."),

@@ -439,6 +439,15 @@ def test_every_source_has_a_judge(model, made, tokenizer, source, monkeypatch):
     assert HELD_OUT_DOCUMENTS == 8
 
 
+@pytest.mark.parametrize(("share", "layers"), [(1.0, {"0", "1"}), (0.5, {"0"}), (0.4, {"0"}), (0.6, {"0", "1"})])
+def test_an_adapter_can_leave_later_layers_alone(model, made, tokenizer, source, share, layers):
+    config = dataclasses.replace(CONFIG, steps=1, lora_layers=share, save_every=0)
+    done = distill(model, tokenizer, made, [source], config)
+    names = list(tensors(done))
+    assert {name.split(".layers.")[1].split(".")[0] for name in names} == layers
+    assert len(names) == len(layers) * 5 * 2  # A and B of five projections
+
+
 # What is saved
 
 

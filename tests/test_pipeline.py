@@ -140,6 +140,23 @@ def test_a_calibration_from_before_newer_settings_is_kept(tmp_path, source):
         assert finished_stage(tmp_path / "out", "calibrate", other, **settings) is None
 
 
+def test_a_distillation_from_before_newer_settings_is_kept(tmp_path, source):
+    artifact = run(tmp_path / "out", source)
+    raw = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
+    del raw["stages"]["distill"]["settings"]["lora_layers"]
+    (tmp_path / "out" / CONFIG_FILE).write_text(json.dumps(raw))
+    before = dataclasses.replace(artifact, stages={name: artifact.stages[name] for name in ("calibrate", "train_indexer")})
+    settings = {
+        "after": before,
+        "sparse": artifact.config,
+        "sources": [source],
+        "weights": artifact.base_model["fingerprint"],
+    }
+    assert finished_stage(tmp_path / "out", "distill", SMALL.distill, **settings) is not None
+    other = dataclasses.replace(SMALL.distill, lora_layers=0.5)
+    assert finished_stage(tmp_path / "out", "distill", other, **settings) is None
+
+
 def test_other_text_is_another_input(tmp_path, source):
     artifact = run(tmp_path / "out", source)
     sparse = dataclasses.replace(artifact.config, top_p=SMALL.top_p)

@@ -261,6 +261,8 @@ class DistillConfig(TrainConfig):
     """Train a PEFT LoRA adapter, or all weights."""
     lora_rank: int = 8
     """Rank of the LoRA adapter on values, attention outputs and MLPs."""
+    lora_layers: float = 1.0
+    """Share of the layers, from the first on, that get an adapter."""
     answer_weight: float = 0.05
     """Weight of a document's synthetic answers in its loss (cross-entropy; where the dense model says something else, KL to
     that); the other labels share the rest."""
@@ -273,6 +275,7 @@ class DistillConfig(TrainConfig):
         _require(self.top_logits >= 1, "top_logits", "at least 1", self.top_logits)
         _require(self.weights in ("lora", "full"), "weights", "'lora' or 'full'", self.weights)
         _require(self.lora_rank >= 1, "lora_rank", "at least 1", self.lora_rank)
+        _require(0.0 < self.lora_layers <= 1.0, "lora_layers", "in (0, 1]", self.lora_layers)
         _require(0.0 <= self.answer_weight <= 1.0, "answer_weight", "in [0, 1]", self.answer_weight)
 
 

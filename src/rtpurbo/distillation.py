@@ -296,11 +296,13 @@ def _student(model: Any, config: DistillConfig) -> Any:
 
     rank = config.lora_rank
     targets: list[str] = list(LORA_TARGETS)
-    if model.config.get_text_config(decoder=True) is not model.config:  # other towers may use the same names
+    text_alone = model.config.get_text_config(decoder=True) is model.config  # else other towers may use the same names
+    if not text_alone or config.lora_layers < 1:
         ours = {id(module) for module in text_attention(model)}
-        layers = tuple(name.rpartition(".")[0] + "." for name, module in model.named_modules() if id(module) in ours)
+        layers = [name.rpartition(".")[0] + "." for name, module in model.named_modules() if id(module) in ours]
+        layers = layers[: math.ceil(config.lora_layers * len(layers))]
         names = [name for name, _ in model.named_modules() if name.endswith(LORA_TARGETS)]
-        targets = [name for name in names if name.startswith(layers)]
+        targets = [name for name in names if name.startswith(tuple(layers))]
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
