@@ -49,11 +49,15 @@ EVAL_FILE = "eval.json"
 TRAINING = ("installed-docs", "installed-python")
 HELDOUT = ("installed-docs:heldout",)
 """Default sources of training and evaluation text."""
-_NOT_ASKED_BEFORE = {
-    "short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4, "task_batch": 1,
-    "ruler_files": None,
+_NOT_ASKED_BEFORE: dict[str, dict[str, Any]] = {
+    "calibrate": {"window_mass": None, "target_recovery": None, "text_weight": 10.0},
+    "distill": {"lora_layers": 1.0},
+    "evaluate": {
+        "short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4, "task_batch": 1,
+        "ruler_files": None,
+    },
 }  # fmt: skip
-"""What an evaluation's settings say that were written before these existed."""
+"""Stage -> what its settings say that were written before these existed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,18 +271,14 @@ def finished_stage(
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if record is None or record.get("sources") != list(sources) or artifact.base_model["fingerprint"] != weights:
         return None
-    got = dict(record["settings"])
+    got = {**_NOT_ASKED_BEFORE.get(name, {}), **record["settings"]}
     if name == "calibrate":
-        for newer in ("window_mass", "target_recovery", "text_weight"):
-            got.setdefault(newer, getattr(CalibrateConfig, newer))  # it was not there yet
         if not wanted["lengths_tokens"]:  # the stage recorded the lengths that its default gave
             got["lengths_tokens"] = []
         if record.get("sparse") != sparse.to_dict():
             return None
     elif after is None or any(artifact.stages.get(n) != after.stages[n] for n in after.stages):
         return None
-    if name == "distill":
-        got.setdefault("lora_layers", DistillConfig.lora_layers)  # nor was that
     if got != wanted:
         return None
     if name == STAGES[-1]:
@@ -344,7 +344,7 @@ def verify(
         except ValueError as error:
             say(f"evaluate: the old result is left aside ({error})")
             found = {}
-        before = {**found, "settings": {**_NOT_ASKED_BEFORE, **found.get("settings", {})}}
+        before = {**found, "settings": {**_NOT_ASKED_BEFORE["evaluate"], **found.get("settings", {})}}
         if {key: before.get(key) for key in wanted} == wanted and found.get("artifact") == of:
             say("evaluate: finished before, kept")
             return found
