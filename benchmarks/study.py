@@ -86,10 +86,9 @@ class Study:
 
     def sparse(self, **settings: Any) -> SparseConfig:
         """What the artefact is to be."""
-        rule = {"top_p": self.recipe.top_p, "min_probability": self.recipe.min_probability}
-        if self.args.min_probability is not None:
-            rule["min_probability"] = self.args.min_probability
-        return SparseConfig(**{"window_tokens": self.args.window, **rule, **settings})
+        least = self.recipe.min_probability if self.args.min_probability is None else self.args.min_probability
+        own = {"window_tokens": self.args.window, "top_p": self.recipe.top_p, "min_probability": least}
+        return SparseConfig(**own | settings)
 
     @property
     def recipe(self) -> ConvertConfig:
@@ -208,9 +207,10 @@ def convert(study: Study) -> dict[str, Any]:
             artifact = save_stage(out, "train_indexer", found, args.train)
     if args.distill_steps and "distill" not in artifact.stages:
         with timed("distill"):
-            own = {"weights": args.weights, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
-            own["retrieval_ratio"] = args.distill_questions
-            own["lora_layers"] = args.lora_layers
+            own = {
+                "weights": args.weights, "learning_rate": args.learning_rate, "batch_size": args.batch_size,
+                "retrieval_ratio": args.distill_questions, "lora_layers": args.lora_layers,
+            }  # fmt: skip
             settings = dataclasses.replace(
                 recipe.distill, steps=args.distill_steps, length_tokens=args.distill_length or longest, labels=args.labels,
                 gradient_checkpointing=not args.keep_activations, **own if ours else {},
@@ -409,8 +409,12 @@ def ablation(
             **{"steps": 300, "length_tokens": length, "documents": 96, "capture_gib": args.capture_gib} | (indexer or {})
         ),
         "distill": DistillConfig(
-            **{"steps": 100, "length_tokens": length, "gradient_checkpointing": False}
-            | {"learning_rate": args.learning_rate}
+            **{
+                "steps": 100,
+                "length_tokens": length,
+                "gradient_checkpointing": False,
+                "learning_rate": args.learning_rate,
+            }
             | (distill or {})
         ),
     }

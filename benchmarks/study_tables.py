@@ -54,20 +54,6 @@ CONVERSIONS = {
     "study_qwen25_coder_05b_window_4096": "window 4096 (the default), 500 x 4 at 3e-4",
 }
 """File -> conversion of that model that README shows."""
-AIMS = (
-    "RULER at 8K: 0.99 of dense",
-    "at 16K: 0.99",
-    "at 32K: 0.98",
-    "no task below 0.95, beyond its interval",
-    "loss at most +0.5 % in every eighth of 8K, 16K and 32K, novels and code",
-    "far tokens at 16K at most 6 %, novels / code",
-    "at 32K at most 4 %",
-    "attention mass at least 93 %",
-    "loss of 2048 tokens, novels, code",
-    "SQuAD within its interval",
-    "needle questions at 8K to 32K within their interval",
-)
-"""What `reached` measures."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
 METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
@@ -132,6 +118,18 @@ def ruler_cells(found: Found) -> dict[int, dict[str, dict[str, Found]]]:
     return {length: {task: cells[length][task] for task in sorted(cells[length])} for length in sorted(cells)}
 
 
+def both(tasks: dict[str, dict[str, Found]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Task -> scores of the dense and of the sparse model, where both ran."""
+    return {
+        task: (at["dense"]["scores"], at["sparse"]["scores"]) for task, at in tasks.items() if {"dense", "sparse"} <= set(at)
+    }
+
+
+def lost(pair: Found) -> bool:
+    """Whether a task keeps less than NEEDED, and not by chance."""
+    return pair["recovery"] is not None and pair["recovery"] < NEEDED and pair["difference_95"][1] < 0
+
+
 def average_interval(pairs: list[tuple[list[float], list[float]]], *, seed: int = 0, resamples: int = 2000) -> list[float]:
     """95 % interval of the mean over tasks of each task's mean of second - first; samples are redrawn within each task."""
     rng = random.Random(seed)
@@ -148,7 +146,7 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
     """
     parts = []
     for length, tasks in ruler_cells(found).items():
-        rows, pairs = [], []
+        rows, pairs = [], list(both(tasks).values())
         for task, at in tasks.items():
             shown = [at[method] for method in ("dense", "sparse") if method in at]
             if not shown:
@@ -158,12 +156,10 @@ def ruler(found: Found, *, beyond_chance: bool = False) -> str:
             row += [show(dense, ".1%"), show(sparse, ".1%")]
             telling = False
             if len(shown) == 2:
-                pairs.append((at["dense"]["scores"], at["sparse"]["scores"]))
-                pair = paired(*pairs[-1])
-                recovery = pair["recovery"]
-                if recovery is not None and recovery < NEEDED and pair["difference_95"][1] < 0:
+                pair = paired(at["dense"]["scores"], at["sparse"]["scores"])
+                if lost(pair):
                     row[0] = f"**{task}**"
-                row += [show(recovery, ".3f"), interval(pair)]
+                row += [show(pair["recovery"], ".3f"), interval(pair)]
                 telling = pair["difference_95"][0] > 0 or pair["difference_95"][1] < 0
             else:
                 row += ["–", "–"]
@@ -212,16 +208,14 @@ def our_bytes(found: Found, length: int, setting: str = "") -> float | None:
     return our_read_ratio(heads, config, length, far, made["base_model"]["head_dim"])
 
 
-def compared(found: Found, *, curve: bool = False) -> Found | None:
+def compared(found: Found) -> Found | None:
     """Methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
 
-    A method that ran on few tasks is left out where the others' common tasks then make more cells.
-
-    Args:
-        curve: with methods at other budgets, METHOD@SETTING, as well.
+    A method that ran on few tasks is left out where the others' common tasks then make more cells. Methods at other
+    budgets, METHOD@SETTING, come with it on the tasks that they ran on.
 
     Returns:
-        "length", "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
+        "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
     """
     length, some = rivals_length(found)
     ran = {method: sum(method in at for at in some.values()) for method in METHODS}
@@ -231,16 +225,15 @@ def compared(found: Found, *, curve: bool = False) -> Found | None:
 
     order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", "sparse"), -ran[m]))
     methods = max((order[: n + 1] for n in range(len(order))), key=lambda part: len(part) * len(common(part)), default=[])
-    if curve:
-        budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
-        methods = [*budgets] if common([*budgets]) else methods
+    budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
+    methods = [*budgets] if common([*budgets]) else methods
     methods.sort(key=lambda method: (METHODS.index(method.partition("@")[0]), method))
     tasks = common(methods) if methods else []
     if not tasks:
         return None
     scores = {method: [some[task][method]["scores"] for task in tasks] for method in methods}
-    read = {method: bytes_read(found, length, method, tasks) for method in methods}
-    return {"length": length, "tasks": tasks, "scores": scores, "bytes": read}
+    read = {method: bytes_read(found, length, method, [some[task][method] for task in tasks]) for method in methods}
+    return {"tasks": tasks, "scores": scores, "bytes": read}
 
 
 def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
@@ -254,15 +247,14 @@ def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
     return length, cells[length]
 
 
-def bytes_read(found: Found, length: int, method: str, tasks: list[str]) -> float | None:
-    """Cache bytes of a decode step over the dense model's: a method's mean over `tasks`; None when unknown."""
+def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> float | None:
+    """Cache bytes of a decode step over the dense model's: the mean over a method's results; None when unknown."""
     name, _, setting = method.partition("@")
     if name == "dense":
         return 1.0
     if name == "sparse":
         return our_bytes(found, length, setting)
-    at = ruler_cells(found)[length]
-    ratios = [at[task][method].get("bytes_ratio") for task in tasks]
+    ratios = [row.get("bytes_ratio") for row in cells]
     ratios = [x for x in ratios if x is not None and not math.isnan(x)]
     return mean(ratios) if ratios else None
 
@@ -280,11 +272,12 @@ def rivals(found: Found) -> str:
     rows = []
     for method, tasks in ran.items():
         asked = [task for task in tasks if task in shown]
-        own, ours = ([some[task][name]["scores"] for task in asked] for name in (method, "sparse"))
+        cells = [some[task][method] for task in asked]
+        own, ours = [cell["scores"] for cell in cells], [some[task]["sparse"]["scores"] for task in asked]
         row = [method, str(len(asked)), f"{average(own):.1%}", f"{average(ours):.1%}"]
         low, high = average_interval(list(zip(ours, own, strict=True)))
         row.append("–" if method == "sparse" else f"{average(own) - average(ours):+.1%} ({low:+.1%} to {high:+.1%})")
-        row.append(show(bytes_read(found, length, method, asked), ".3f"))
+        row.append(show(bytes_read(found, length, method, cells), ".3f"))
         rows.append([*row, *(f"{mean(some[task][method]['scores']):.1%}" if task in asked else "–" for task in shown)])
     header = [f"RULER, {length} tokens", "tasks", "average", "sparse on these", "difference", "bytes read", *shown]
     return (
@@ -429,11 +422,7 @@ def recipes() -> str:
     length, rows = 16384, []
     for name, what in RECIPES.items():
         found = load(name) or {"cells": {}}
-        pairs = {
-            task: (at["dense"]["scores"], at["sparse"]["scores"])
-            for task, at in ruler_cells(found).get(length, {}).items()
-            if {"dense", "sparse"} <= set(at)
-        }
+        pairs = both(ruler_cells(found).get(length, {}))
         row = [what, str(len(pairs)), *["–"] * 3]
         if pairs:
             dense, sparse = map(average, zip(*pairs.values(), strict=True))
@@ -447,54 +436,59 @@ def recipes() -> str:
     return table(header, rows) or MISSING
 
 
-def reached(found: Found) -> list[str]:
-    """What one conversion reached of AIMS, an entry each; bold where it missed, a dash where it was not measured."""
+def reached(found: Found) -> dict[str, str]:
+    """Aim -> what a conversion of a model reached; bold where it missed, a dash where it was not measured."""
+    entries: dict[str, str] = {}
 
-    def told(text: str, missed: bool) -> str:
-        return f"**{text}**" if missed else text
+    def tell(aim: str, text: str, *, missed: bool = False) -> None:
+        entries[aim] = (f"**{text}**" if missed else text) or "–"
 
-    entries, below = [], []
-    cells = ruler_cells(found)
-    for length, aim in ((8192, 0.99), (16384, 0.99), (32768, 0.98)):
-        at = {task: (row["dense"]["scores"], row["sparse"]["scores"]) for task, row in cells.get(length, {}).items()
-              if {"dense", "sparse"} <= set(row)}  # fmt: skip
-        kept = {task: paired(*scores) for task, scores in at.items()}
-        lost = [t for t, row in kept.items() if (row["recovery"] or 1.0) < NEEDED and row["difference_95"][1] < 0]
-        below += [f"{length // 1024}K: {', '.join(task.split('_', 1)[1] for task in lost)}"] if lost else []
-        if len(at) < 2:
-            entries.append("–")
+    below, ran = [], False
+    for length, least in ((8192, 0.99), (16384, 0.99), (32768, 0.98)):
+        pairs = both(ruler_cells(found).get(length, {}))
+        names = [task.split("_", 1)[1] for task, scores in pairs.items() if lost(paired(*scores))]
+        below += [f"{length // 1024}K: {', '.join(names)}"] if names else []
+        aim = f"RULER at {length // 1024}K: {least} of dense"
+        if len(pairs) < 2:
+            tell(aim, "")
             continue
-        dense, sparse = map(average, zip(*at.values(), strict=True))
-        entries.append(told(f"{sparse / dense:.3f} on {len(at)} tasks", sparse / dense < aim))
-    entries.append(told("; ".join(below) or "none", bool(below)) if entries != ["–"] * 3 else "–")
+        ran = True
+        dense, sparse = map(average, zip(*pairs.values(), strict=True))
+        tell(aim, f"{sparse / dense:.3f} on {len(pairs)} tasks", missed=sparse / dense < least)
+    tell("no task below 0.95, beyond its interval", "; ".join(below) or "none" * ran, missed=bool(below))
+
     texts = result(found, "fidelity")
-    worst = [change(part, "loss_dense", "loss_sparse") for row in texts.values() for part in row["by_position"]]
-    whole = [change(row) for row in texts.values()]
-    entries.append(told(f"{max(worst):+.2%} ({max(whole):+.2%} on the whole)", max(worst) > 0.005) if worst else "–")
+    worst = max(
+        (change(part, "loss_dense", "loss_sparse") for row in texts.values() for part in row["by_position"]), default=0.0
+    )
+    whole = max((change(row) for row in texts.values()), default=0.0)
+    text = f"{worst:+.2%} ({whole:+.2%} on the whole)" if texts else ""
+    tell("loss at most +0.5 % in every eighth of 8K, 16K and 32K, novels and code", text, missed=worst > 0.005)
     for length, most in ((16384, 0.06), (32768, 0.04)):
         far = [row["index"]["far_selected_ratio"] for key, row in texts.items() if key.endswith(f" {length}")]
-        entries.append(told(" / ".join(f"{x:.1%}" for x in far), max(far) > most) if far else "–")
-    mass = [row["index"]["mass_kept"] for row in texts.values()]
-    entries.append(told(f"{min(mass):.1%}", min(mass) < 0.93) if mass else "–")
+        aim = f"far tokens at {length // 1024}K at most {most:.0%}, novels / code".replace("%", " %")
+        tell(aim, " / ".join(f"{x:.1%}" for x in far), missed=max(far, default=0.0) > most)
+    mass = min((row["index"]["mass_kept"] for row in texts.values()), default=1.0)
+    tell("attention mass at least 93 %", f"{mass:.1%}" if texts else "", missed=mass < 0.93)
+
     short = result(found, "short_context")
     changes = [change(row["sparse"]) for row in short.get("documents", {}).values()]
-    entries.append(", ".join(f"{x:+.2%}" for x in changes) or "–")
+    tell("loss of 2048 tokens, novels, code", ", ".join(f"{x:+.2%}" for x in changes))
     asked = {metric: row["sparse"] for metric, row in short.get("squad", {}).items() if isinstance(row, dict)}
-    outside = any(row["difference_95"][1] < 0 for row in asked.values())
-    scores = ", ".join(f"{metric} {row['sparse']:.1%} of {row['dense']:.1%}" for metric, row in asked.items())
-    entries.append(told(scores, outside) if asked else "–")
+    text = ", ".join(f"{metric} {row['sparse']:.1%} of {row['dense']:.1%}" for metric, row in asked.items())
+    tell("SQuAD within its interval", text, missed=any(row["difference_95"][1] < 0 for row in asked.values()))
     needle = result(found, "needles").get("needle", [])
     outside = sum(row["difference_95"][1] < 0 for row in needle)
-    entries.append(told(f"{len(needle) - outside} of {len(needle)}", outside > 0) if needle else "–")
+    text = f"{len(needle) - outside} of {len(needle)}" if needle else ""
+    tell("needle questions at 8K to 32K within their interval", text, missed=outside > 0)
     return entries
 
 
 def aims() -> str:
     """What was aimed at, and what each of a model's conversions reached: a column each."""
-    files = {what: found for name, what in CONVERSIONS.items() if (found := load(name))}
-    columns = [reached(found) for found in files.values()]
-    rows = [[aim, *row] for aim, *row in zip(AIMS, *columns, strict=True)] if columns else []
-    return table(["Qwen2.5-Coder-0.5B", *files], rows) or MISSING
+    columns = {what: reached(found) for name, what in CONVERSIONS.items() if (found := load(name))}
+    rows = [[aim, *(column[aim] for column in columns.values())] for aim in next(iter(columns.values()), {})]
+    return table(["Qwen2.5-Coder-0.5B", *columns], rows) or MISSING
 
 
 PARTS = {
@@ -516,7 +510,7 @@ def everything(found: Found | None) -> str:
 
 def points(found: Found | None) -> tuple[int, dict[str, list[tuple[float, float]]]]:
     """Number of tasks, and method -> bytes read and RULER average at every budget, of the methods that have both."""
-    at = compared(found, curve=True) if found else None
+    at = compared(found) if found else None
     made: dict[str, list[tuple[float, float]]] = {}
     for method, ratio in (at["bytes"] if at else {}).items():
         if ratio is not None:
