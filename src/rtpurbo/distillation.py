@@ -296,8 +296,8 @@ def _student(model: Any, config: DistillConfig) -> Any:
 
     rank = config.lora_rank
     targets: list[str] = list(LORA_TARGETS)
-    text_alone = model.config.get_text_config(decoder=True) is model.config  # else other towers may use the same names
-    if not text_alone or config.lora_layers < 1:
+    other_towers = model.config.get_text_config(decoder=True) is not model.config  # they may use the same names
+    if other_towers or config.lora_layers < 1:
         ours = {id(module) for module in text_attention(model)}
         layers = [name.rpartition(".")[0] + "." for name, module in model.named_modules() if id(module) in ours]
         layers = layers[: math.ceil(config.lora_layers * len(layers))]

@@ -331,10 +331,8 @@ def _index_units(artifact: Artifact, evaluation: dict[str, Any]) -> str:
         "Each mark is one selection. Best is the top left, much attention mass found with few tokens; low ones miss part of "
         "what full attention reads."
     )
-    x, y = (
-        {"title": "far tokens selected per query", "rangemode": "tozero"},
-        {"title": "mass recalled", "tickformat": ".1~%"},
-    )
+    x = {"title": "far tokens selected per query", "rangemode": "tozero"}
+    y = {"title": "mass recalled", "tickformat": ".1~%"}
     return _figure("index-units", caption, traces, x=x, y=y, height=360) if traces else ""
 
 
