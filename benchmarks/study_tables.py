@@ -24,18 +24,23 @@ PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
 MODELS = {
-    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, single heads",
-    "study_qwen25_coder_05b_four_documents": "Qwen2.5-Coder-0.5B, stage 2 at a lower rate",
-    "study_qwen25_coder_05b_window_4096": "Qwen2.5-Coder-0.5B, window 4096",
+    "study_qwen25_coder_05b_first_half": "Qwen2.5-Coder-0.5B, window 4096, adapter in half of the layers",
+    "study_qwen25_coder_05b_window_4096": "Qwen2.5-Coder-0.5B, window 4096, adapter in all layers",
+    "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, window 2048",
     "study_smollm2": "SmolLM2-135M",
 }
 """File in benchmarks/results -> name of the model."""
 RECIPES = {
-    "study_qwen25_coder_05b": "heads by gates, above",
+    "study_qwen25_coder_05b_first_half": "window 4096; adapter in layers 0 to 11, 300 steps of four documents at 3e-4",
+    "study_qwen25_coder_05b_window_4096": "the same heads and index; adapter in all layers, 500 steps",
+    "study_qwen25_coder_05b_window_4096_first_half_of_it": "its adapter in layers 0 to 11 alone",
+    "study_qwen25_coder_05b_window_4096_halved": "its adapter at half its size",
+    "study_qwen25_coder_05b_window_4096_more": "the same, least probability 0.00008",
+    "study_qwen25_coder_05b_window_4096_index_only": "the same heads and index; no stage 2",
+    "study_qwen25_coder_05b": "window 2048; stage 2 in 400 steps of two documents at 5e-4",
     "study_qwen25_coder_05b_four_documents": "the same heads and index; stage 2 in 500 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_index_only": "the same heads and index; no stage 2",
     "study_qwen25_coder_05b_swapped_heads": "two heads that chains seemed to lack, for the two lowest; no stage 2",
-    "study_qwen25_coder_05b_window_4096": "window 4096; stage 2 in 500 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_unlabelled": "the same heads and index; no label where the dense model would not answer so",
     "study_qwen25_coder_05b_unlabelled_halved": "its adapter at half its size",
     "study_qwen25_coder_05b_answers_by_kl": "the same heads and index; answers by KL to the teacher, weight 0.25",
@@ -49,9 +54,9 @@ RECIPES = {
 }
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
 CONVERSIONS = {
-    "study_qwen25_coder_05b": "window 2048, stage 2 400 x 2 at 5e-4",
-    "study_qwen25_coder_05b_four_documents": "window 2048, 500 x 4 at 3e-4 (the default rate)",
-    "study_qwen25_coder_05b_window_4096": "window 4096 (the default), 500 x 4 at 3e-4",
+    "study_qwen25_coder_05b_first_half": "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
+    "study_qwen25_coder_05b_window_4096": "window 4096, all layers, 500 x 4 at 3e-4",
+    "study_qwen25_coder_05b": "window 2048, all layers, 400 x 2 at 5e-4",
 }
 """File -> conversion of that model that README shows."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")

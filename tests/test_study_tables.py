@@ -247,9 +247,10 @@ def test_recipes_are_compared_where_both_models_were_run(monkeypatch):
     files = {"study_qwen25_coder_05b": some, "study_qwen25_coder_05b_groups": found(**{"ruler/16384/t/dense": score(1.0)})}
     files["study_qwen25_coder_05b_effects"] = found(fidelity={"novels 16384": loss(16384)})
     monkeypatch.setattr(tables, "load", files.get)
+    both, one = (tables.RECIPES[name] for name in ("study_qwen25_coder_05b", "study_qwen25_coder_05b_effects"))
     assert tables.recipes().splitlines()[2:] == [
-        "| heads by gates, above | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |",
-        "| heads by effects | 0 | – | – | – | – | – | – | +0.50% | `study_qwen25_coder_05b_effects.json` |",
+        f"| {both} | 1 | 100.0% | 50.0% | 0.500 | 50.0% | – | – | +0.50% | `study_qwen25_coder_05b.json` |",
+        f"| {one} | 0 | – | – | – | – | – | – | +0.50% | `study_qwen25_coder_05b_effects.json` |",
     ]
 
 
