@@ -47,7 +47,8 @@ TASKS = (
     "ruler_qa_squad", "niah_single_3", "niah_multikey_1", "ruler_cwe", "ruler_fwe", "ruler_qa_hotpot", "niah_single_1",
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
-OURS = ("dense", "sparse", "stage1")
+OURS = ("dense", "sparse", "stage1", "dense_prefill")
+"""dense_prefill: every head reads the prompt, decode is sparse, as rivals do that choose in decode."""
 CURVE_TASKS = TASKS[:4]
 LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
@@ -158,8 +159,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         found += ruler(length, ("dense", "sparse"))
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
-    found += ruler(middle, ("stage1", *RIVALS))
+    found += ruler(middle, ("dense_prefill", "stage1", *RIVALS))
     found += [Cell("selected", partial(selected, length=middle), ("convert",)), *ruler(middle, CURVE, CURVE_TASKS)]
+    for length in order[1:]:
+        found += ruler(length, ("dense_prefill",))
     for name, changes in ABLATIONS.items():
         found.append(Cell(f"ablation/{name}", partial(ablation, **changes)))
     return found
@@ -256,6 +259,8 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
         artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
+        if method == "dense_prefill":
+            artifact = dataclasses.replace(artifact, config=artifact.config.with_options(prefill="dense"))
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:

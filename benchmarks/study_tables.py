@@ -61,7 +61,7 @@ CONVERSIONS = {
 """File -> conversion of that model that README shows."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
-METHODS = ("dense", "sparse", "stage1", "razor", "top_k", "quest", "snapkv", "window")
+METHODS = ("dense", "sparse", "dense_prefill", "stage1", "razor", "top_k", "quest", "snapkv", "window")
 NEEDED = 0.95
 """Recovery below which a task is marked, when its interval excludes 0."""
 INK = "#848d97"
@@ -257,7 +257,7 @@ def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> fl
     name, _, setting = method.partition("@")
     if name == "dense":
         return 1.0
-    if name == "sparse":
+    if name in ("sparse", "dense_prefill"):
         return our_bytes(found, length, setting)
     ratios = [row.get("bytes_ratio") for row in cells]
     ratios = [x for x in ratios if x is not None and not math.isnan(x)]

@@ -198,6 +198,27 @@ def test_float8_index_keys_select_the_same_however_they_are_fed(family, granular
     check_modes(model, heads, config, indexer, want, ids, mask)
 
 
+@pytest.mark.parametrize("kind", list(BATCHES))
+def test_dense_prefill(kind):
+    """A prompt is read as the dense model reads it, in pieces too; decode is sparse."""
+    model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
+    ids, mask = batch(kind)
+    heads = head_map(model)
+    indexer = random_indexer(heads)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    def run(chunks=None, **settings):
+        with attached(model, heads, dataclasses.replace(CONFIG, **settings), indexer):
+            return logits(model, ids, mask, chunks)
+
+    dense = logits(model, ids, mask)
+    for chunks in (None, [LENGTH], [20, 30, 11]):
+        assert_same(run(chunks, prefill="dense")[real], dense[real])
+    assert (run([LENGTH]) - dense)[real].abs().max() > 0.01  # it would not be so
+    decode = [45, 1]  # as where the prompt is just short enough to stay dense
+    assert_same(run(decode, prefill="dense")[real], run(decode, dense_below_tokens=46)[real])
+
+
 def test_dense_below_a_length():
     """One forward is dense below it and sparse from it on; in decode retrieval heads are dense until it is reached."""
     model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)

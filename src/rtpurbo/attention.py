@@ -2,7 +2,7 @@
 
 Six steps: project; rotate; index; remember; attend (each head by its role); project back. Short sequences, at most
 the layer's shortest window + sinks, take the dense path of Transformers' SDPA with identical results;
-`dense_below_tokens` extends it.
+`dense_below_tokens` and `prefill` extend it.
 
 Shapes: B batch, T new tokens, N slots so far, Hq query heads, Hkv KV heads, D head dimension.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,13 +143,16 @@ def sparse_forward(
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
-    view, whole_prefill = None, below and q.shape[2] > 1 and real is None and (layer is None or not layer.is_split)
+    densely = (below or state.config.prefill == "dense") and q.shape[2] > 1
+    view, whole_prefill = None, densely and (layer is None or not layer.is_split)
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-        mask = _dense_mask(q.shape[2], length, real, q.device)
         dropout = self.attention_dropout if self.training else 0.0
-        out, _ = sdpa_attention_forward(self, q, k_all, v_all, mask, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
-        out = out.transpose(1, 2)
+        sdpa = partial(sdpa_attention_forward, self, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
+        if whole_prefill and real is not None and length == q.shape[2]:
+            out = _dense_rows(sdpa, q, k_all, v_all, real)
+        else:
+            out = sdpa(q, k_all, v_all, _dense_mask(q.shape[2], length, real, q.device))[0].transpose(1, 2)
     else:
         view = layer.view(real) if layer is not None else split_heads(k, v, index_k, state.new_cache_layer(), real)
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
@@ -165,6 +169,17 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
         return None
     slots = torch.arange(length, device=device)
     return visible_slots(slots[length - queries :], slots, real)
+
+
+def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    """Dense causal attention [B, Hq, T, D] of a padded batch, row by row: no mask of T x T; 0 at padding."""
+    rows = []
+    for slots, *row in zip(real, q, k, v, strict=True):
+        at, out = slots.nonzero()[:, 0], torch.zeros_like(row[0])
+        if len(at):  # a row may begin in a later piece
+            out = out.index_copy(1, at, sdpa(*(x[None, :, at] for x in row), None)[0][0].transpose(0, 1))
+        rows.append(out)
+    return torch.stack(rows)
 
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from .checkpoint import atomic_path, write_json
-from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig, Prefill
 from .pipeline import HELDOUT, PAPER, TRAINING, ConvertConfig, SparseOptions, say
 
 T = TypeVar("T")
@@ -287,6 +287,8 @@ class Generate(OfArtifact):
     """While the sequence is shorter, prefill and retrieval heads are dense; where that pays, bench says."""
     tile_probability: float | None = None
     """Above 0, tiles of positions read a long prompt's far tokens together: those with this much for one of them."""
+    prefill: Prefill | None = None
+    """dense: read the prompt with all heads; what is generated is sparse. For quality where the prompt's time is short."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -302,6 +304,7 @@ class Generate(OfArtifact):
             "--index-dtype": self.index_dtype,
             "--dense-below-tokens": self.dense_below_tokens,
             "--tile-probability": self.tile_probability,
+            "--prefill": self.prefill,
         }
         for flag, value in options.items():
             if self.dense and value is not None:
@@ -320,6 +323,7 @@ class Generate(OfArtifact):
                 index_dtype=self.index_dtype,
                 dense_below_tokens=self.dense_below_tokens,
                 tile_probability=self.tile_probability,
+                prefill=self.prefill,
                 base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,

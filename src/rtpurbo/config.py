@@ -13,6 +13,7 @@ Granularity = Literal["head", "group"]
 LARGEST_WHOLE_GROUP = 4
 """Query heads of a KV group that is chosen as a whole by default, at most."""
 IndexDtype = Literal["auto", "float8"]
+Prefill = Literal["sparse", "dense"]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -65,8 +66,11 @@ class SparseConfig:
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
     dense_below_tokens: int = 0
-    """While a sequence is shorter, prefill is dense (in a padded batch its retrieval heads), and in decode the retrieval
-    heads are; what local heads dropped stays dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
+    """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are; what local heads dropped stays
+    dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
+    prefill: Prefill = "sparse"
+    """How a prompt is read. dense: every head attends to all of it, whatever its length, and decode is sparse; so is what is
+    read once local heads have dropped tokens (in decode), and training."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -82,12 +86,14 @@ class SparseConfig:
             )
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
         _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
+        _require(self.prefill in ("sparse", "dense"), "prefill", "'sparse' or 'dense'", self.prefill)
 
     def to_dict(self) -> dict[str, Any]:
         """As an artefact holds it. Defaults of newer settings are left out, as if they had never been named: so it is in
         artefacts, checksums and records of stages that are older than they are."""
         values = dataclasses.asdict(self)
-        for name, default in (("tile_probability", 0.0), ("index_dtype", "auto"), ("dense_below_tokens", 0)):
+        newer = {"tile_probability": 0.0, "index_dtype": "auto", "dense_below_tokens": 0, "prefill": "sparse"}
+        for name, default in newer.items():
             if values[name] == default:
                 del values[name]
         return values
