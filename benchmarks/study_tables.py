@@ -33,9 +33,9 @@ MODELS = {
 RECIPES = {
     "study_qwen25_coder_05b_first_half": "window 4096; adapter in layers 0 to 11, 300 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_window_4096": "the same heads and index; adapter in all layers, 500 steps",
-    "study_qwen25_coder_05b_window_4096_first_half_of_it": "its adapter in layers 0 to 11 alone",
-    "study_qwen25_coder_05b_window_4096_halved": "its adapter at half its size",
-    "study_qwen25_coder_05b_window_4096_more": "the same, least probability 0.00008",
+    "study_qwen25_coder_05b_window_4096_first_half_of_it": "the adapter of all layers, in layers 0 to 11 alone",
+    "study_qwen25_coder_05b_window_4096_halved": "the adapter of all layers at half its size",
+    "study_qwen25_coder_05b_window_4096_more": "the adapter of all layers, least probability 0.00008",
     "study_qwen25_coder_05b_window_4096_index_only": "the same heads and index; no stage 2",
     "study_qwen25_coder_05b": "window 2048; stage 2 in 400 steps of two documents at 5e-4",
     "study_qwen25_coder_05b_four_documents": "the same heads and index; stage 2 in 500 steps of four documents at 3e-4",
