@@ -166,6 +166,17 @@ def test_recording_shows_every_converted_layer():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_float32_weights_under_autocast_attend_in_bfloat16(family):
+    """So that training all weights on a GPU takes the kernels, which have no float32."""
+    model, seen = shared_model(family), []
+    heads = head_map(model)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with attached(model, heads, CONFIG, random_indexer(heads)), recording(model, seen.append), autocast:
+        logits(model, tokens(40))
+    assert {x.dtype for o in seen for x in (o.q, o.k, o.v)} == {torch.bfloat16}
+
+
 def run_python(code: str) -> dict:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -127,7 +127,8 @@ def sparse_forward(
     if state.qk_norm:
         q_pre, k_pre = self.q_norm(q_pre), self.k_norm(k_pre)  # type: ignore[operator]
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
-    q, k = rotate(q_pre, k_pre, *position_embeddings)  # type: ignore[misc]
+    rotated = rotate(q_pre, k_pre, *position_embeddings)  # type: ignore[misc]
+    q, k = (x.to(v.dtype) for x in rotated)  # autocast rounds products only, and the kernels take one dtype
     if state.recorder is not None:
         state.recorder(Observed(state.layer, q_pre, k_pre, q, k, v, self.scaling))  # type: ignore[arg-type]
 
