@@ -47,8 +47,10 @@ TASKS = (
     "ruler_qa_squad", "niah_single_3", "niah_multikey_1", "ruler_cwe", "ruler_fwe", "ruler_qa_hotpot", "niah_single_1",
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
-OURS = ("dense", "sparse", "stage1", "dense_prefill")
-"""dense_prefill: every head reads the prompt, decode is sparse, as rivals do that choose in decode."""
+PREFILLS = {"dense_end": "dense_end", "dense_prefill": "dense"}
+"""The sparse model whose prompt is read otherwise: its last tokens by every head, or all of it, as by rivals that choose in
+decode."""
+OURS = ("dense", "sparse", "stage1", *PREFILLS)
 CURVE_TASKS = TASKS[:4]
 LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
@@ -156,7 +158,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
     found += [Cell("fidelity", fidelity, ("convert",))]
     for length in order:
-        found += ruler(length, ("dense", "sparse"))
+        found += ruler(length, ("dense", "sparse", "dense_end"))
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
     found += ruler(middle, ("dense_prefill", "stage1", *RIVALS))
@@ -259,8 +261,8 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
         artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
-        if method == "dense_prefill":
-            artifact = dataclasses.replace(artifact, config=artifact.config.with_options(prefill="dense"))
+        if method in PREFILLS:
+            artifact = dataclasses.replace(artifact, config=artifact.config.with_options(prefill=PREFILLS[method]))
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:

@@ -61,7 +61,8 @@ CONVERSIONS = {
 """File -> conversion of that model that README shows."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
-METHODS = ("dense", "sparse", "dense_prefill", "stage1", "razor", "top_k", "quest", "snapkv", "window")
+OURS = ("dense", "sparse", "dense_end", "dense_prefill")
+METHODS = (*OURS, "stage1", "razor", "top_k", "quest", "snapkv", "window")
 NEEDED = 0.95
 """Recovery below which a task is marked, when its interval excludes 0."""
 INK = "#848d97"
@@ -247,7 +248,7 @@ def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
     lengths = list(cells)
     if not lengths:
         return 0, {}
-    ran = {n: sum(len(set(at) - {"dense", "sparse"}) for at in cells[n].values()) for n in lengths}
+    ran = {n: sum(len(set(at) - set(OURS)) for at in cells[n].values()) for n in lengths}
     length = max(lengths, key=lambda n: ran[n]) if any(ran.values()) else lengths[len(lengths) // 2]
     return length, cells[length]
 
@@ -257,7 +258,7 @@ def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> fl
     name, _, setting = method.partition("@")
     if name == "dense":
         return 1.0
-    if name in ("sparse", "dense_prefill"):
+    if name in OURS:
         return our_bytes(found, length, setting)
     ratios = [row.get("bytes_ratio") for row in cells]
     ratios = [x for x in ratios if x is not None and not math.isnan(x)]

@@ -132,7 +132,7 @@ def test_prompts_read_one_by_one_and_decoded_together(family, granularity, lengt
     heads = head_map(model, granularity)
     prompts = [tokens(length, seed=i)[0] for i, length in enumerate(lengths)]
     dense = greedy(model, prompts, NEW)
-    for prefill in ("sparse", "dense"):
+    for prefill in ("sparse", "dense_end", "dense"):
         with attached(model, heads, CONFIG.with_options(prefill=prefill), random_indexer(heads)):
             together = greedy(model, prompts, NEW)
             for prompt, row in zip(prompts, together, strict=True):

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from oracle import oracle
 from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused
-from rtpurbo.cache import CACHE
+from rtpurbo.cache import CACHE, SparseLayer
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
 from tiny import (
@@ -217,6 +217,42 @@ def test_dense_prefill(kind):
     assert (run([LENGTH]) - dense)[real].abs().max() > 0.01  # it would not be so
     decode = [45, 1]  # as where the prompt is just short enough to stay dense
     assert_same(run(decode, prefill="dense")[real], run(decode, dense_below_tokens=46)[real])
+
+
+@pytest.mark.parametrize("kind", list(BATCHES))
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@torch.no_grad()
+def test_dense_end(kind, granularity, monkeypatch):
+    """The last tokens of a prompt attend to all of it in every layer, those before them sparsely; decode is sparse."""
+    end = 7
+    monkeypatch.setattr("rtpurbo.attention.END_TOKENS", end)
+    model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
+    ids, mask = batch(kind)
+    heads = head_map(model, granularity)
+    indexer = random_indexer(heads)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    def run(chunks=None, **settings):
+        with attached(model, heads, dataclasses.replace(CONFIG, **settings), indexer):
+            return logits(model, ids, mask, chunks)
+
+    sparse, got = run(), run(prefill="dense_end")
+    assert_same(got[:, :-end][real[:, :-end]], sparse[:, :-end][real[:, :-end]])
+    assert (got - sparse)[:, -end:][real[:, -end:]].abs().max() > 0.01
+    assert_same(run([LENGTH], prefill="dense_end")[real], got[real])  # with a cache
+
+    # what a dense end is: everything before it sparse without forgetting, then the end dense
+    at, first = positions(real), slice(0, LENGTH - end)
+    with attached(model, heads, CONFIG, indexer), monkeypatch.context() as patch:
+        patch.setattr(SparseLayer, "drop", lambda *_: None)
+        before = {"attention_mask": None if mask is None else mask[:, first], "position_ids": at[:, first]}
+        cache = DynamicCache(config=model.config)
+        model(ids[:, first], use_cache=True, **{CACHE: cache}, **before)
+    with attached(model, heads, CONFIG.with_options(prefill="dense"), indexer):
+        want = model(ids[:, -end:], attention_mask=mask, position_ids=at[:, -end:], **{CACHE: cache}).logits
+    assert_same(got[:, -end:][real[:, -end:]], want[real[:, -end:]])
+
+    assert_same(run([1], prefill="dense_end")[real], run([1])[real])  # a single token is no prompt
 
 
 def test_dense_below_a_length():

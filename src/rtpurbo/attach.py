@@ -268,7 +268,8 @@ def sparsify(
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default: the artefact's setting.
         tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
-        prefill: "dense" reads prompts with all heads, and decode alone is sparse; default: the artefact's setting.
+        prefill: "dense" reads prompts with all heads, "dense_end" their last 128 tokens; decode is sparse. Default: the
+            artefact's setting.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.

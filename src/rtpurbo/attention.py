@@ -29,6 +29,8 @@ from .indexer import LayerIndexer, stored_keys
 from .ops.reference import visible_slots
 
 IMPLEMENTATION = "rtpurbo"
+END_TOKENS = 128
+"""Last tokens of a prompt that prefill="dense_end" reads with all heads."""
 Recorder = Callable[["Observed"], None]
 
 
@@ -145,7 +147,8 @@ def sparse_forward(
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
     densely = (below or state.config.prefill == "dense") and q.shape[2] > 1
-    view, whole_prefill = None, densely and (layer is None or not layer.is_split)
+    undropped = layer is None or not layer.is_split
+    view, whole_prefill = None, densely and undropped
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         dropout = self.attention_dropout if self.training else 0.0
@@ -159,6 +162,10 @@ def sparse_forward(
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
+        if state.config.prefill == "dense_end" and undropped and q.shape[2] > 1:
+            k_all, v_all = layer.all_heads() if layer is not None else (k, v)
+            end = _dense_end(q[:, :, -END_TOKENS:], k_all, v_all, real, self.scaling)  # type: ignore[arg-type]
+            out = torch.cat([out[:, :, : -end.shape[2]], end], 2)
     if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
         layer.drop(real, view)
     return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
@@ -168,8 +175,13 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
     """[B or 1, 1, T, N] bool as Transformers' SDPA takes it, or None where its causal flag does."""
     if real is None and (queries == 1 or queries == length):
         return None
+    return visible_slots(*_last_slots(queries, length, device), real)
+
+
+def _last_slots(queries: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The slots of the last queries, and all."""
     slots = torch.arange(length, device=device)
-    return visible_slots(slots[length - queries :], slots, real)
+    return slots[length - queries :], slots
 
 
 def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
@@ -181,6 +193,15 @@ def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real:
             out = out.index_copy(1, at, sdpa(*(x[None, :, at] for x in row), None)[0][0].transpose(0, 1))
         rows.append(out)
     return torch.stack(rows)
+
+
+def _dense_end(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
+    """Dense causal attention of the last queries [B, Hq, T, D]; a group's heads share keys and values, no copy of either."""
+    group = q.shape[1] // k.shape[1]
+    mask = visible_slots(*_last_slots(q.shape[2], k.shape[2], q.device), real).repeat(1, 1, group, 1)
+    rows = q.unflatten(1, (-1, group)).flatten(2, 3)
+    out = nn.functional.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
+    return out.unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

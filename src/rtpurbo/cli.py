@@ -288,7 +288,8 @@ class Generate(OfArtifact):
     tile_probability: float | None = None
     """Above 0, tiles of positions read a long prompt's far tokens together: those with this much for one of them."""
     prefill: Prefill | None = None
-    """dense: read the prompt with all heads; what is generated is sparse. For quality where the prompt's time is short."""
+    """dense: read the prompt with all heads; dense_end: its last 128 tokens, in hardly any time. What is generated is
+    sparse."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ Granularity = Literal["head", "group"]
 LARGEST_WHOLE_GROUP = 4
 """Query heads of a KV group that is chosen as a whole by default, at most."""
 IndexDtype = Literal["auto", "float8"]
-Prefill = Literal["sparse", "dense"]
+Prefill = Literal["sparse", "dense_end", "dense"]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -69,8 +69,9 @@ class SparseConfig:
     """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are; what local heads dropped stays
     dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
     prefill: Prefill = "sparse"
-    """How a prompt is read. dense: every head attends to all of it, whatever its length, and decode is sparse; so is what is
-    read once local heads have dropped tokens (in decode), and training."""
+    """How a prompt is read. dense: every head attends to all of it, whatever its length. dense_end: only the last 128 tokens
+    are read so, where the question stands as a rule, for hardly any time. Decode is sparse; so is what is read once local
+    heads have dropped tokens (in decode, with dense_end in an earlier piece of the prompt too), and training."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -86,7 +87,7 @@ class SparseConfig:
             )
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
         _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
-        _require(self.prefill in ("sparse", "dense"), "prefill", "'sparse' or 'dense'", self.prefill)
+        _require(self.prefill in get_args(Prefill), "prefill", "'sparse', 'dense_end' or 'dense'", self.prefill)
 
     def to_dict(self) -> dict[str, Any]:
         """As an artefact holds it. Defaults of newer settings are left out, as if they had never been named: so it is in

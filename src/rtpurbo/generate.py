@@ -39,7 +39,8 @@ def load(
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default: the artefact's setting.
         tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
-        prefill: "dense" reads prompts with all heads, and decode alone is sparse; default: the artefact's setting.
+        prefill: "dense" reads prompts with all heads, "dense_end" their last 128 tokens; decode is sparse. Default: the
+            artefact's setting.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
