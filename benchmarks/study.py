@@ -47,10 +47,9 @@ TASKS = (
     "ruler_qa_squad", "niah_single_3", "niah_multikey_1", "ruler_cwe", "ruler_fwe", "ruler_qa_hotpot", "niah_single_1",
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
-PREFILLS = {"dense_end": "dense_end", "dense_prefill": "dense"}
-"""The sparse model whose prompt is read otherwise: its last tokens by every head, or all of it, as by rivals that choose in
-decode."""
-OURS = ("dense", "sparse", "stage1", *PREFILLS)
+DENSE_ENDS = {"dense_end": 128, "dense_prefill": 10**9}
+"""Last tokens of a prompt that the sparse model reads densely: the question, or all, as rivals do that choose in decode."""
+OURS = ("dense", "sparse", "stage1", *DENSE_ENDS)
 CURVE_TASKS = TASKS[:4]
 LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
@@ -258,11 +257,12 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
     if method == "dense":
         yield model, None
     elif method in OURS:
-        artifact = study.with_least(float(setting)) if setting else study.artifact
+        artifact = study.with_least(float(setting)) if setting and method == "sparse" else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
-        if method in PREFILLS:
-            artifact = dataclasses.replace(artifact, config=artifact.config.with_options(prefill=PREFILLS[method]))
+        if method in DENSE_ENDS:
+            end = int(setting or DENSE_ENDS[method])
+            artifact = dataclasses.replace(study.artifact, config=study.artifact.config.with_options(dense_end_tokens=end))
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:

@@ -298,7 +298,7 @@ def test_prompts_that_cannot_be_used(tmp_path, converted):
         ("--index-dtype", "float8"),
         ("--dense-below-tokens", "9"),
         ("--tile-probability", "0.01"),
-        ("--prefill", "dense"),
+        ("--dense-end-tokens", "9"),
     ):
         assert f"{flag} is the sparse model's and has no effect with --dense" in fails(
             "generate", converted, "--prompt", "a city", "--dense", flag, value

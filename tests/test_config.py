@@ -47,7 +47,7 @@ def test_sparse_config_fields_and_defaults():
     assert dataclasses.asdict(SparseConfig()) == {
         "window_tokens": 8192, "sink_tokens": 4, "index_dim": 16, "top_p": 1.0, "min_probability": 1e-4,
         "tile_probability": 0.0, "index_dtype": "auto", "dense_below_tokens": 0,
-        "prefill": "sparse",
+        "dense_end_tokens": 0,
     }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_tiles_need_a_selection():
 def test_newer_settings_are_named_only_where_they_are_not_the_default():
     """So that artefacts, checksums and records of stages from before them stay what they are."""
     plain, small = SparseConfig(), SparseConfig(index_dtype="float8")
-    newer = {"tile_probability", "index_dtype", "dense_below_tokens", "prefill"}
+    newer = {"tile_probability", "index_dtype", "dense_below_tokens", "dense_end_tokens"}
     assert plain.to_dict() == {key: value for key, value in dataclasses.asdict(plain).items() if key not in newer}
     assert small.to_dict() == {**plain.to_dict(), "index_dtype": "float8"}
     assert SparseConfig(dense_below_tokens=9).to_dict() == {**plain.to_dict(), "dense_below_tokens": 9}
@@ -102,7 +102,7 @@ def test_every_field_is_documented(cls):
         (SparseConfig, {"window_tokens": 0}, r"window_tokens must be at least 1 token, got 0\."),
         (SparseConfig, {"sink_tokens": -1}, r"sink_tokens must be 0 or more tokens, got -1\."),
         (SparseConfig, {"index_dim": 0}, r"index_dim must be at least 1, got 0\."),
-        (SparseConfig, {"prefill": "eager"}, r"prefill must be 'sparse', 'dense_end' or 'dense', got 'eager'\."),
+        (SparseConfig, {"dense_end_tokens": -1}, r"dense_end_tokens must be 0 or more tokens, got -1\."),
         (SparseConfig, {"index_dtype": "float16"}, r"index_dtype must be 'auto' or 'float8', got 'float16'\."),
         (SparseConfig, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         (SparseConfig, {"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1\.01\."),

@@ -132,8 +132,8 @@ def test_prompts_read_one_by_one_and_decoded_together(family, granularity, lengt
     heads = head_map(model, granularity)
     prompts = [tokens(length, seed=i)[0] for i, length in enumerate(lengths)]
     dense = greedy(model, prompts, NEW)
-    for prefill in ("sparse", "dense_end", "dense"):
-        with attached(model, heads, CONFIG.with_options(prefill=prefill), random_indexer(heads)):
+    for end in (0, 7, 100):
+        with attached(model, heads, CONFIG.with_options(dense_end_tokens=end), random_indexer(heads)):
             together = greedy(model, prompts, NEW)
             for prompt, row in zip(prompts, together, strict=True):
                 assert torch.equal(model.generate(prompt[None], **GREEDY)[0, len(prompt) :], row)
@@ -246,7 +246,7 @@ def test_sparsify_generates_and_gives_the_model_back():
     with sparsify(model, artifact, index_dtype="float8") as sparse:
         cache = sparse(prompt, use_cache=True)[CACHE]
         assert cache.layers[0].view(None).index_k.dtype == torch.float8_e4m3fn
-    with sparsify(model, artifact, prefill="dense") as sparse:
+    with sparsify(model, artifact, dense_end_tokens=40) as sparse:
         read = sparse.generate(prompt, **GREEDY)
     assert read[0, 40] == dense[0, 40]  # the prompt says the first token
     assert not torch.equal(read, dense)

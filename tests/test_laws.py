@@ -213,10 +213,10 @@ def test_dense_prefill(kind):
 
     dense = logits(model, ids, mask)
     for chunks in (None, [LENGTH], [20, 30, 11]):
-        assert_same(run(chunks, prefill="dense")[real], dense[real])
+        assert_same(run(chunks, dense_end_tokens=LENGTH)[real], dense[real])
     assert (run([LENGTH]) - dense)[real].abs().max() > 0.01  # it would not be so
     decode = [45, 1]  # as where the prompt is just short enough to stay dense
-    assert_same(run(decode, prefill="dense")[real], run(decode, dense_below_tokens=46)[real])
+    assert_same(run(decode, dense_end_tokens=LENGTH)[real], run(decode, dense_below_tokens=46)[real])
 
 
 @pytest.mark.parametrize("kind", list(BATCHES))
@@ -225,7 +225,7 @@ def test_dense_prefill(kind):
 def test_dense_end(kind, granularity, monkeypatch):
     """The last tokens of a prompt attend to all of it in every layer, those before them sparsely; decode is sparse."""
     end = 7
-    monkeypatch.setattr("rtpurbo.attention.END_TOKENS", end)
+    monkeypatch.setattr("rtpurbo.attention.MASK_ELEMENTS", 2 * LENGTH * 6)  # pieces of 1 or 2 queries
     model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
     ids, mask = batch(kind)
     heads = head_map(model, granularity)
@@ -236,10 +236,10 @@ def test_dense_end(kind, granularity, monkeypatch):
         with attached(model, heads, dataclasses.replace(CONFIG, **settings), indexer):
             return logits(model, ids, mask, chunks)
 
-    sparse, got = run(), run(prefill="dense_end")
+    sparse, got = run(), run(dense_end_tokens=end)
     assert_same(got[:, :-end][real[:, :-end]], sparse[:, :-end][real[:, :-end]])
     assert (got - sparse)[:, -end:][real[:, -end:]].abs().max() > 0.01
-    assert_same(run([LENGTH], prefill="dense_end")[real], got[real])  # with a cache
+    assert_same(run([LENGTH], dense_end_tokens=end)[real], got[real])  # with a cache
 
     # what a dense end is: everything before it sparse without forgetting, then the end dense
     at, first = positions(real), slice(0, LENGTH - end)
@@ -248,11 +248,11 @@ def test_dense_end(kind, granularity, monkeypatch):
         before = {"attention_mask": None if mask is None else mask[:, first], "position_ids": at[:, first]}
         cache = DynamicCache(config=model.config)
         model(ids[:, first], use_cache=True, **{CACHE: cache}, **before)
-    with attached(model, heads, CONFIG.with_options(prefill="dense"), indexer):
+    with attached(model, heads, CONFIG.with_options(dense_end_tokens=LENGTH), indexer):
         want = model(ids[:, -end:], attention_mask=mask, position_ids=at[:, -end:], **{CACHE: cache}).logits
     assert_same(got[:, -end:][real[:, -end:]], want[real[:, -end:]])
 
-    assert_same(run([1], prefill="dense_end")[real], run([1])[real])  # a single token is no prompt
+    assert_same(run([1], dense_end_tokens=end)[real], run([1])[real])  # a single token is no prompt
 
 
 def test_dense_below_a_length():

@@ -185,7 +185,7 @@ def test_what_is_supported_passes():
     limits.check(settings(cache_dtype="bfloat16", tensor_parallel_size=4), head_map((0,)), CONFIG, "")
 
 
-@pytest.mark.parametrize("setting", [{"dense_below_tokens": 500}, {"prefill": "dense"}, {"prefill": "dense_end"}])
+@pytest.mark.parametrize("setting", [{"dense_below_tokens": 500}, {"dense_end_tokens": 128}])
 def test_dense_prefill_is_refused(setting):
     config = SparseConfig(window_tokens=100, **setting)
     with pytest.raises(ValueError, match="|".join(setting)):

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import IMPLEMENTATION, LayerState, Recorder, mask_interface, sparse_forward
-from .config import IndexDtype, Prefill, SparseConfig
+from .config import IndexDtype, SparseConfig
 from .families import FAMILIES, attention_layers, context_tokens, head_counts
 from .heads import HeadMap
 from .indexer import indexer_from_state
@@ -256,7 +256,7 @@ def sparsify(
     index_dtype: IndexDtype | None = None,
     dense_below_tokens: int | None = None,
     tile_probability: float | None = None,
-    prefill: Prefill | None = None,
+    dense_end_tokens: int | None = None,
 ) -> Iterator[Any]:
     """Borrow a model: sparse inside the `with` block, as it was after it.
 
@@ -268,8 +268,8 @@ def sparsify(
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default: the artefact's setting.
         tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
-        prefill: "dense" reads prompts with all heads, "dense_end" their last 128 tokens; decode is sparse. Default: the
-            artefact's setting.
+        dense_end_tokens: last tokens of a prompt that all heads read densely (see SparseConfig); default: the artefact's
+            setting.
 
     Yields:
         The sparse model: `model` itself, or a PEFT model around it when the artefact has a LoRA adapter.
@@ -286,7 +286,10 @@ def sparsify(
     if artifact.weights_kind == "full":
         raise ValueError("This artefact holds full distilled weights; load it with rtpurbo.load instead of sparsify.")
     config = artifact.config.by_p(top_p).with_options(
-        index_dtype=index_dtype, dense_below_tokens=dense_below_tokens, tile_probability=tile_probability, prefill=prefill
+        index_dtype=index_dtype,
+        dense_below_tokens=dense_below_tokens,
+        tile_probability=tile_probability,
+        dense_end_tokens=dense_end_tokens,
     )
     lora = artifact.weights_kind == "lora"
     with (

@@ -2,7 +2,7 @@
 
 Six steps: project; rotate; index; remember; attend (each head by its role); project back. Short sequences, at most
 the layer's shortest window + sinks, take the dense path of Transformers' SDPA with identical results;
-`dense_below_tokens` and `prefill` extend it.
+`dense_below_tokens` and `dense_end_tokens` extend it.
 
 Shapes: B batch, T new tokens, N slots so far, Hq query heads, Hkv KV heads, D head dimension.
 """
@@ -29,8 +29,8 @@ from .indexer import LayerIndexer, stored_keys
 from .ops.reference import visible_slots
 
 IMPLEMENTATION = "rtpurbo"
-END_TOKENS = 128
-"""Last tokens of a prompt that prefill="dense_end" reads with all heads."""
+MASK_ELEMENTS = 2**26
+"""Of a piece of a prompt's dense end, at most."""
 Recorder = Callable[["Observed"], None]
 
 
@@ -146,9 +146,8 @@ def sparse_forward(
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
-    densely = (below or state.config.prefill == "dense") and q.shape[2] > 1
-    undropped = layer is None or not layer.is_split
-    view, whole_prefill = None, densely and undropped
+    undropped, end = layer is None or not layer.is_split, state.config.dense_end_tokens
+    view, whole_prefill = None, undropped and q.shape[2] > 1 and (below or length <= end)
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         dropout = self.attention_dropout if self.training else 0.0
@@ -162,10 +161,10 @@ def sparse_forward(
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
-        if state.config.prefill == "dense_end" and undropped and q.shape[2] > 1:
+        if end and undropped and q.shape[2] > 1:
             k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-            end = _dense_end(q[:, :, -END_TOKENS:], k_all, v_all, real, self.scaling)  # type: ignore[arg-type]
-            out = torch.cat([out[:, :, : -end.shape[2]], end], 2)
+            last = _dense_end(q[:, :, -end:], k_all, v_all, real, self.scaling)  # type: ignore[arg-type]
+            out = torch.cat([out[:, :, : -last.shape[2]], last], 2)
     if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
         layer.drop(real, view)
     return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
@@ -175,13 +174,8 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
     """[B or 1, 1, T, N] bool as Transformers' SDPA takes it, or None where its causal flag does."""
     if real is None and (queries == 1 or queries == length):
         return None
-    return visible_slots(*_last_slots(queries, length, device), real)
-
-
-def _last_slots(queries: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The slots of the last queries, and all."""
     slots = torch.arange(length, device=device)
-    return slots[length - queries :], slots
+    return visible_slots(slots[length - queries :], slots, real)
 
 
 def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
@@ -196,12 +190,15 @@ def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real:
 
 
 def _dense_end(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
-    """Dense causal attention of the last queries [B, Hq, T, D]; a group's heads share keys and values, no copy of either."""
-    group = q.shape[1] // k.shape[1]
-    mask = visible_slots(*_last_slots(q.shape[2], k.shape[2], q.device), real).repeat(1, 1, group, 1)
-    rows = q.unflatten(1, (-1, group)).flatten(2, 3)
-    out = nn.functional.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
-    return out.unflatten(2, (group, -1)).flatten(1, 2)
+    """Dense causal attention of the last queries [B, Hq, T, D], in pieces; a group's heads share keys and values."""
+    group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
+    size, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), []
+    for part, at in zip(q.split(size, 2), slots[-q.shape[2] :].split(size), strict=True):
+        mask = visible_slots(at, slots, real).repeat(1, 1, group, 1)
+        rows = part.unflatten(1, (-1, group)).flatten(2, 3)
+        out = nn.functional.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
+        parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
+    return torch.cat(parts, 2)
 
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

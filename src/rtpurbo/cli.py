@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from .checkpoint import atomic_path, write_json
-from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig, Prefill
+from .config import CalibrateConfig, DistillConfig, EvalConfig, IndexDtype, IndexerConfig
 from .pipeline import HELDOUT, PAPER, TRAINING, ConvertConfig, SparseOptions, say
 
 T = TypeVar("T")
@@ -287,9 +287,8 @@ class Generate(OfArtifact):
     """While the sequence is shorter, prefill and retrieval heads are dense; where that pays, bench says."""
     tile_probability: float | None = None
     """Above 0, tiles of positions read a long prompt's far tokens together: those with this much for one of them."""
-    prefill: Prefill | None = None
-    """dense: read the prompt with all heads; dense_end: its last 128 tokens, in hardly any time. What is generated is
-    sparse."""
+    dense_end_tokens: int | None = None
+    """Last tokens of the prompt that all heads read densely, in place of the artefact's setting; more than it has: all."""
 
     def run(self) -> Any:
         """Generate and print the text as it comes."""
@@ -305,7 +304,7 @@ class Generate(OfArtifact):
             "--index-dtype": self.index_dtype,
             "--dense-below-tokens": self.dense_below_tokens,
             "--tile-probability": self.tile_probability,
-            "--prefill": self.prefill,
+            "--dense-end-tokens": self.dense_end_tokens,
         }
         for flag, value in options.items():
             if self.dense and value is not None:
@@ -324,7 +323,7 @@ class Generate(OfArtifact):
                 index_dtype=self.index_dtype,
                 dense_below_tokens=self.dense_below_tokens,
                 tile_probability=self.tile_probability,
-                prefill=self.prefill,
+                dense_end_tokens=self.dense_end_tokens,
                 base_model=self.base_model,
                 dtype=self.dtype,
                 device=self.device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -13,7 +13,6 @@ Granularity = Literal["head", "group"]
 LARGEST_WHOLE_GROUP = 4
 """Query heads of a KV group that is chosen as a whole by default, at most."""
 IndexDtype = Literal["auto", "float8"]
-Prefill = Literal["sparse", "dense_end", "dense"]
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -68,10 +67,10 @@ class SparseConfig:
     dense_below_tokens: int = 0
     """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are; what local heads dropped stays
     dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
-    prefill: Prefill = "sparse"
-    """How a prompt is read. dense: every head attends to all of it, whatever its length. dense_end: only the last 128 tokens
-    are read so, where the question stands as a rule, for hardly any time. Decode is sparse; so is what is read once local
-    heads have dropped tokens (in decode, with dense_end in an earlier piece of the prompt too), and training."""
+    dense_end_tokens: int = 0
+    """Last tokens of a prompt that all heads read densely; more than it has: all of it. The question, as a rule: 128 take
+    hardly any time. Decode is sparse; so is what is read after local heads have dropped tokens (in an earlier piece of a
+    longer prompt, or in decode), and training."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)
@@ -87,13 +86,13 @@ class SparseConfig:
             )
         _require(self.index_dtype in ("auto", "float8"), "index_dtype", "'auto' or 'float8'", self.index_dtype)
         _require(self.dense_below_tokens >= 0, "dense_below_tokens", "0 or more tokens", self.dense_below_tokens)
-        _require(self.prefill in get_args(Prefill), "prefill", "'sparse', 'dense_end' or 'dense'", self.prefill)
+        _require(self.dense_end_tokens >= 0, "dense_end_tokens", "0 or more tokens", self.dense_end_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """As an artefact holds it. Defaults of newer settings are left out, as if they had never been named: so it is in
         artefacts, checksums and records of stages that are older than they are."""
         values = dataclasses.asdict(self)
-        newer = {"tile_probability": 0.0, "index_dtype": "auto", "dense_below_tokens": 0, "prefill": "sparse"}
+        newer = {"tile_probability": 0.0, "index_dtype": "auto", "dense_below_tokens": 0, "dense_end_tokens": 0}
         for name, default in newer.items():
             if values[name] == default:
                 del values[name]

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .attach import attach, with_adapter
 from .cache import CACHE, join
 from .checkpoint import Artifact, check_digest, check_fingerprint
-from .config import IndexDtype, Prefill
+from .config import IndexDtype
 from .models import load_model
 
 
@@ -24,7 +24,7 @@ def load(
     index_dtype: IndexDtype | None = None,
     dense_below_tokens: int | None = None,
     tile_probability: float | None = None,
-    prefill: Prefill | None = None,
+    dense_end_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     base_model: str | None = None,
@@ -39,8 +39,8 @@ def load(
         dense_below_tokens: while a sequence is shorter, prefill and retrieval heads are dense (`rtpurbo bench` says where
             sparse attention begins to pay on a machine); default: the artefact's setting.
         tile_probability: above 0, prefill by tiles of positions (see SparseConfig); default: the artefact's setting.
-        prefill: "dense" reads prompts with all heads, "dense_end" their last 128 tokens; decode is sparse. Default: the
-            artefact's setting.
+        dense_end_tokens: last tokens of a prompt that all heads read densely (see SparseConfig); default: the artefact's
+            setting.
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", ...
         base_model: where the base model lies, when not where the artefact says.
@@ -56,7 +56,10 @@ def load(
     if not isinstance(artifact, Artifact):
         artifact = Artifact.load(artifact)
     config = artifact.config.by_p(top_p).with_options(
-        index_dtype=index_dtype, dense_below_tokens=dense_below_tokens, tile_probability=tile_probability, prefill=prefill
+        index_dtype=index_dtype,
+        dense_below_tokens=dense_below_tokens,
+        tile_probability=tile_probability,
+        dense_end_tokens=dense_end_tokens,
     )
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_distilled(artifact, base_model=base_model, **options)
