@@ -47,9 +47,11 @@ TASKS = (
     "ruler_qa_squad", "niah_single_3", "niah_multikey_1", "ruler_cwe", "ruler_fwe", "ruler_qa_hotpot", "niah_single_1",
 )  # fmt: skip
 """RULER's thirteen, the telling ones first."""
-DENSE_ENDS = {"dense_end": 128, "dense_prefill": 10**9}
+DENSE_ENDS = {"dense_end": 128, "dense_end_2048": 2048, "dense_prefill": 10**9}
 """Last tokens of a prompt that the sparse model reads densely: the question, or all, as rivals do that choose in decode."""
 OURS = ("dense", "sparse", "stage1", *DENSE_ENDS)
+READ_TASKS = ("ruler_vt", "ruler_cwe", "ruler_fwe")
+"""Tasks that lose what all heads find while they read."""
 CURVE_TASKS = TASKS[:4]
 LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
@@ -162,6 +164,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
     found += ruler(middle, ("dense_prefill", "stage1", *RIVALS))
     found += [Cell("selected", partial(selected, length=middle), ("convert",)), *ruler(middle, CURVE, CURVE_TASKS)]
+    for length in order:
+        found += ruler(length, ("dense_end_2048",), READ_TASKS)
     for length in order[1:]:
         found += ruler(length, ("dense_prefill",))
     for name, changes in ABLATIONS.items():
@@ -257,12 +261,12 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
     if method == "dense":
         yield model, None
     elif method in OURS:
-        artifact = study.with_least(float(setting)) if setting and method == "sparse" else study.artifact
+        artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
         if method in DENSE_ENDS:
-            end = int(setting or DENSE_ENDS[method])
-            artifact = dataclasses.replace(study.artifact, config=study.artifact.config.with_options(dense_end_tokens=end))
+            config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS[method])
+            artifact = dataclasses.replace(artifact, config=config)
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:

@@ -261,6 +261,8 @@ def test_a_task_that_is_lost_altogether_is_lost():
 
 
 def test_aims_say_what_was_missed(monkeypatch):
+    monkeypatch.setattr(tables, "AVERAGED", 2)
+
     def cells(length: int, sparse: float) -> dict:
         return {
             f"ruler/{length}/{task}/{name}": score(*[value] * 8)
