@@ -423,7 +423,7 @@ def ablation(
             **{
                 "steps": 100,
                 "length_tokens": length,
-                "gradient_checkpointing": False,
+                "gradient_checkpointing": not args.keep_activations,
                 "learning_rate": args.learning_rate,
             }
             | (distill or {})

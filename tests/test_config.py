@@ -57,6 +57,9 @@ def test_tiles_need_a_selection():
     by_tile = SparseConfig(tile_probability=0.1)
     assert by_tile.by_p(1.0).tile_probability == by_tile.by_p(0.9).tile_probability == 0.0
     assert by_tile.rule == "index probability at least 0.0001; in prefill by tile at 0.1"
+    assert SparseConfig(top_p=0.9, min_probability=0.0, dense_end_tokens=1280).rule == (
+        "p = 0.9; a prompt's last 1,280 tokens read densely"
+    )
 
 
 def test_newer_settings_are_named_only_where_they_are_not_the_default():

@@ -323,6 +323,19 @@ def test_evaluate_skips_what_is_not_asked_for(model, indexed, tokenizer, source)
     assert [r["length_tokens"] for r in found["needle"]] == [320]
 
 
+def test_evaluate_with_prompts_read_densely(model, tokenizer, source):
+    window_only = artifact_for(model, ((1,), ()))
+    config = small(lengths_tokens=(320,), samples=(0,), decode_tokens=0)
+    sparse, end, whole = (
+        evaluate(model, tokenizer, window_only, [source], dataclasses.replace(config, dense_end_tokens=end))
+        for end in (None, 64, 1000)
+    )
+    assert whole["settings"]["dense_end_tokens"] == 1000
+    assert whole["loss"][source]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0.01 < end["loss"][source]["kl"] < sparse["loss"][source]["kl"]
+    assert window_only.config.dense_end_tokens == 0
+
+
 def test_evaluate_is_repeatable(model, indexed, tokenizer, source):
     config = small(decode_tokens=0)
     assert evaluate(model, tokenizer, indexed, [source], config) == evaluate(model, tokenizer, indexed, [source], config)

@@ -123,7 +123,8 @@ class SparseConfig:
         parts = [f"p = {self.top_p:g}"] if self.top_p < 1.0 else []
         parts += [f"index probability at least {self.min_probability:g}"] if self.min_probability > 0.0 else []
         tile = f"; in prefill by tile at {self.tile_probability:g}" if self.tile_probability > 0.0 else ""
-        return (" and ".join(parts) or "everything") + tile
+        end = f"; a prompt's last {self.dense_end_tokens:,} tokens read densely" if self.dense_end_tokens else ""
+        return (" and ".join(parts) or "everything") + tile + end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +326,8 @@ class EvalConfig:
     ruler_files: str | None = None
     """Folder with PaulGrahamEssays.json, squad.json and hotpotqa.json for RULER (tasks: ruler); default: they
     are downloaded."""
+    dense_end_tokens: int | None = None
+    """Last tokens of a prompt that all heads read densely, in place of the artefact's setting; more than it has: all."""
     seed: int = 0
     """Seed of the samples."""
 

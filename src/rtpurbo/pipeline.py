@@ -54,7 +54,7 @@ _NOT_ASKED_BEFORE: dict[str, dict[str, Any]] = {
     "distill": {"lora_layers": 1.0},
     "evaluate": {
         "short_documents": 0, "squad": None, "squad_samples": 200, "long_tokens": 0, "long_prompts": 4, "task_batch": 1,
-        "ruler_files": None,
+        "ruler_files": None, "dense_end_tokens": None,
     },
 }  # fmt: skip
 """Stage -> what its settings say that were written before these existed."""
@@ -80,6 +80,8 @@ class SparseOptions:
     of them: faster, no longer token by token what decode selects."""
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
+    dense_end_tokens: int = 0
+    """Last tokens of a prompt that all heads read densely, the question as a rule; more than it has: all of it."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded
@@ -95,6 +97,7 @@ class SparseOptions:
             min_probability=self.min_probability,
             tile_probability=self.tile_probability,
             index_dtype=self.index_dtype,
+            dense_end_tokens=self.dense_end_tokens,
         )
 
 

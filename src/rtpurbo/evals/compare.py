@@ -91,6 +91,8 @@ def evaluate(
         ValueError: other weights than the artefact's, lengths beyond the context, too little text, an unusable SQuAD file.
     """
     check_fingerprint(model, artifact)
+    sparse = artifact.config.with_options(dense_end_tokens=config.dense_end_tokens if config else None)
+    artifact = dataclasses.replace(artifact, config=sparse)
     context = context_tokens(model)
     config = (config or EvalConfig()).resolved(context, artifact.config)
     longest = max(config.lengths_tokens)
