@@ -181,7 +181,7 @@ def random_model(args: argparse.Namespace, device: str) -> Any:
         granularity=args.granularity,
         ratio=args.ratio,
     )
-    config = SparseConfig(window_tokens=args.window, index_dim=args.index_dim)
+    config = SparseConfig(window_tokens=args.window, index_dim=args.index_dim, dense_end_tokens=args.dense_end_tokens)
     keys = replayed_keys(
         max(len(heads.units(layer)) for layer in heads.layers),
         tokens,
@@ -451,6 +451,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=(SPARSE, SDPA, FLASH), default=[SPARSE, FLASH, SDPA])
     parser.add_argument("--dense-up-to", type=int, help="longest prompt of the dense variants, in tokens")
     parser.add_argument("--chunk-tokens", type=int, default=0, help="pieces of a prompt; 0 reads it at once")
+    parser.add_argument("--dense-end-tokens", type=int, default=0, help="last ones of a prompt, for all heads")
     parser.add_argument("--mlp-tokens", type=int, default=16384, help="tokens that an MLP works on at once")
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps")
     parser.add_argument("--repeats", type=int, default=2, help="timed prefills")
@@ -483,7 +484,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     begin = time.time()
     tokenizer = None
     if args.artifact:
-        model, tokenizer = rtpurbo.load(args.artifact, dtype=args.dtype, device=device, base_model=args.model)
+        end = args.dense_end_tokens
+        model, tokenizer = rtpurbo.load(
+            args.artifact, dtype=args.dtype, device=device, base_model=args.model, dense_end_tokens=end
+        )
     else:
         model = random_model(args, device)
     slice_mlps(model, args.mlp_tokens)
