@@ -361,9 +361,9 @@ def verify(
 def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
     """The settings that a conversion of this model comes to, each with where it comes from.
 
-    Window and lengths follow from the context, the number of retrieval units from the number of heads. Nothing else follows
-    from the model by default: what was measured (SmolLM2-135M, in part Qwen2.5-Coder-0.5B, docs/log.md) does not say how
-    share, least probability, steps or rates should change with size.
+    Window and lengths follow from the context, what is chosen and how many of it from the heads. Nothing else follows from
+    the model by default: share, least probability, steps and rates that suit SmolLM2-135M suit Qwen2.5-Coder-0.5B
+    (docs/results.md), and two small models do not say how they should change with size.
 
     Returns:
         {setting: (value, half a sentence)}
@@ -394,7 +394,7 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
 
     window = f"an eighth of the context of {context}, from 256 to 8192"
     parts = f"a quarter, a half and {all_of}, at least 2 windows"
-    one_size = "measured on SmolLM2-135M alone"
+    small, larger = "measured on SmolLM2-135M", "measured on Qwen2.5-Coder-0.5B"
     return {
         "window_tokens": (sparse.window_tokens, window if config.window_tokens is None else "asked for"),
         "granularity": (
@@ -406,20 +406,20 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
         "retrieval_ratio": plain(c, default.calibrate, "retrieval_ratio", "the paper's share of heads"),
         "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
         "top_p": plain(config, default, "top_p", "the least probability decides alone"),
-        "min_probability": plain(config, default, "min_probability", f"no query selects more than 10000 tokens; {one_size}"),
+        "min_probability": plain(config, default, "min_probability", f"no query selects more than 10000 tokens; {small}"),
         "calibrate.lengths_tokens": (
             c.lengths_tokens or default_lengths(context, sparse),
             "asked for" if c.lengths_tokens else parts,
         ),
         "indexer.length_tokens": length(i),
-        "indexer.steps": plain(i, default.indexer, "steps", f"600 were {one_size}"),
+        "indexer.steps": plain(i, default.indexer, "steps", f"100 to 600 do the same, {small}"),
         "indexer.batch_size": plain(i, default.indexer, "batch_size", "documents a step and process"),
-        "indexer.learning_rate": plain(i, default.indexer, "learning_rate", f"the best of three, {one_size}"),
+        "indexer.learning_rate": plain(i, default.indexer, "learning_rate", f"the best of three, {small}"),
         "distill.length_tokens": length(d),
-        "distill.steps": plain(d, default.distill, "steps", f"600 of 8 were {one_size}"),
+        "distill.steps": plain(d, default.distill, "steps", f"300 and 500 were {larger}"),
         "distill.batch_size": plain(d, default.distill, "batch_size", "documents a step and process"),
-        "distill.weights": plain(d, default.distill, "weights", "all weights were not measured"),
-        "distill.learning_rate": plain(d, default.distill, "learning_rate", f"for an adapter; {one_size}"),
+        "distill.weights": plain(d, default.distill, "weights", "an adapter; all weights were not measured"),
+        "distill.learning_rate": plain(d, default.distill, "learning_rate", f"for an adapter; {larger}"),
     }
 
 
