@@ -61,11 +61,11 @@ RECIPES = {
 }
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
 CONVERSIONS = {
-    "study_qwen25_coder_05b_first_half": "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
-    "study_qwen25_coder_05b_window_4096": "window 4096, all layers, 500 x 4 at 3e-4",
-    "study_qwen25_coder_05b": "window 2048, all layers, 400 x 2 at 5e-4",
+    ("study_qwen25_coder_05b_first_half", "sparse"): "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
+    ("study_qwen25_coder_05b_window_4096", "sparse"): "window 4096, all layers, 500 x 4 at 3e-4",
+    ("study_qwen25_coder_05b", "sparse"): "window 2048, all layers, 400 x 2 at 5e-4",
 }
-"""File -> conversion of that model that README shows."""
+"""(File, how prompts are read) -> conversion of that model that README shows."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
 OURS = ("dense", "sparse", "dense_end", "dense_end_2048", "dense_prefill")
@@ -133,10 +133,10 @@ def ruler_cells(found: Found) -> dict[int, dict[str, dict[str, Found]]]:
     return {length: {task: cells[length][task] for task in sorted(cells[length])} for length in sorted(cells)}
 
 
-def both(tasks: dict[str, dict[str, Found]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Task -> scores of the dense and of the sparse model, where both ran."""
+def both(tasks: dict[str, dict[str, Found]], method: str = "sparse") -> dict[str, tuple[list[float], list[float]]]:
+    """Task -> scores of the dense model and of a method, where both ran."""
     return {
-        task: (at["dense"]["scores"], at["sparse"]["scores"]) for task, at in tasks.items() if {"dense", "sparse"} <= set(at)
+        task: (at["dense"]["scores"], at[method]["scores"]) for task, at in tasks.items() if {"dense", method} <= set(at)
     }
 
 
@@ -153,25 +153,26 @@ def average_interval(pairs: list[tuple[list[float], list[float]]], *, seed: int 
     return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
 
 
-def ruler(found: Found, *, beyond_chance: bool = False) -> str:
+def ruler(found: Found, *, method: str = "sparse", beyond_chance: bool = False) -> str:
     """RULER, dense and sparse, a table for every length.
 
     Args:
+        method: how the sparse model reads its prompts, of OURS.
         beyond_chance: of the tasks show only those whose interval excludes 0.
     """
     parts = []
     for length, tasks in ruler_cells(found).items():
-        rows, pairs = [], list(both(tasks).values())
+        rows, pairs = [], list(both(tasks, method).values())
         for task, at in tasks.items():
-            shown = [at[method] for method in ("dense", "sparse") if method in at]
-            if not shown:
+            shown = [at[name] for name in ("dense", method) if name in at]
+            if not shown or (method != "sparse" and method not in at):
                 continue
-            dense, sparse = (mean(at[method]["scores"]) if method in at else None for method in ("dense", "sparse"))
+            dense, sparse = (mean(at[name]["scores"]) if name in at else None for name in ("dense", method))
             row = [task, str(len(shown[0]["scores"])), f"{shown[0]['prompt_tokens']['mean']:.0f}"]
             row += [show(dense, ".1%"), show(sparse, ".1%")]
             telling = False
             if len(shown) == 2:
-                pair = paired(at["dense"]["scores"], at["sparse"]["scores"])
+                pair = paired(at["dense"]["scores"], at[method]["scores"])
                 if lost(pair):
                     row[0] = f"**{task}**"
                 row += [show(pair["recovery"], ".3f"), interval(pair)]
@@ -451,8 +452,12 @@ def recipes() -> str:
     return table(header, rows) or MISSING
 
 
-def reached(found: Found) -> dict[str, str]:
-    """Aim -> what a conversion of a model reached; bold where it missed, a dash where it was not measured."""
+def reached(found: Found, method: str = "sparse") -> dict[str, str]:
+    """Aim -> what a conversion of a model reached; bold where it missed, a dash where it was not measured.
+
+    Args:
+        method: how prompts of RULER are read, of OURS.
+    """
     entries: dict[str, str] = {}
 
     def tell(aim: str, text: str, *, missed: bool = False) -> None:
@@ -460,7 +465,7 @@ def reached(found: Found) -> dict[str, str]:
 
     below, ran = [], False
     for length, least in ((8192, 0.99), (16384, 0.99), (32768, 0.98)):
-        pairs = both(ruler_cells(found).get(length, {}))
+        pairs = both(ruler_cells(found).get(length, {}), method)
         names = [task.split("_", 1)[1] for task, scores in pairs.items() if lost(paired(*scores))]
         below += [f"{length // 1024}K: {', '.join(names)}"] if names else []
         aim = f"RULER at {length // 1024}K: {least} of dense"
@@ -501,13 +506,15 @@ def reached(found: Found) -> dict[str, str]:
 
 def aims() -> str:
     """What was aimed at, and what each of a model's conversions reached: a column each."""
-    columns = {what: reached(found) for name, what in CONVERSIONS.items() if (found := load(name))}
+    columns = {what: reached(found, read) for (name, read), what in CONVERSIONS.items() if (found := load(name))}
     rows = [[aim, *(column[aim] for column in columns.values())] for aim in next(iter(columns.values()), {})]
     return table(["Qwen2.5-Coder-0.5B", *columns], rows) or MISSING
 
 
 PARTS = {
-    "RULER": ruler, "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
+    "RULER": ruler, "RULER, the last 128 tokens of a prompt read densely": partial(ruler, method="dense_end"),
+    "RULER, prompts read densely": partial(ruler, method="dense_prefill"),
+    "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
     "Long generation": long_generation, "Conversion": conversion, "Ablations": ablations,
 }  # fmt: skip
 

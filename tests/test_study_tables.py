@@ -281,7 +281,7 @@ def test_aims_say_what_was_missed(monkeypatch):
         fidelity={"novels 16384": loss(16384), "novels 32768": low}, short_context=short, needles={"needle": [PAIR, worse]},
         **cells(8192, 1.0), **cells(16384, 0.9),
     )  # fmt: skip
-    first, second, _ = tables.CONVERSIONS
+    (first, _), (second, _), _ = tables.CONVERSIONS
     monkeypatch.setattr(tables, "load", {first: bad, second: found()}.get)
     rows = [line.split(" | ") for line in tables.aims().splitlines()]
     assert [row[1] for row in rows[2:]] == [
