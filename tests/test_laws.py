@@ -225,7 +225,7 @@ def test_dense_prefill(kind):
 def test_dense_end(kind, granularity, monkeypatch):
     """The last tokens of a prompt attend to all of it in every layer, those before them sparsely; decode is sparse."""
     end = 7
-    monkeypatch.setattr("rtpurbo.attention.MASK_ELEMENTS", 2 * LENGTH * 6)  # pieces of 1 or 2 queries
+    monkeypatch.setattr("rtpurbo.ops.prefill.MASK_ELEMENTS", 2 * LENGTH * 6)  # pieces of 1 or 2 queries
     model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
     ids, mask = batch(kind)
     heads = head_map(model, granularity)

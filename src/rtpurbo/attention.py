@@ -29,8 +29,6 @@ from .indexer import LayerIndexer, stored_keys
 from .ops.reference import visible_slots
 
 IMPLEMENTATION = "rtpurbo"
-MASK_ELEMENTS = 2**26
-"""Of a piece of a prompt's dense end, at most."""
 Recorder = Callable[["Observed"], None]
 
 
@@ -163,7 +161,7 @@ def sparse_forward(
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
         if end and undropped and q.shape[2] > 1:
             k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-            last = _dense_end(q[:, :, -end:], k_all, v_all, real, self.scaling)  # type: ignore[arg-type]
+            last = ops.dense_end_attention(q[:, :, -end:], k_all, v_all, scaling=self.scaling, real=real)  # type: ignore[arg-type]
             out = torch.cat([out[:, :, : -last.shape[2]], last], 2)
     if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
         layer.drop(real, view)
@@ -187,18 +185,6 @@ def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real:
             out = out.index_copy(1, at, sdpa(*(x[None, :, at] for x in row), None)[0][0].transpose(0, 1))
         rows.append(out)
     return torch.stack(rows)
-
-
-def _dense_end(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
-    """Dense causal attention of the last queries [B, Hq, T, D], in pieces; a group's heads share keys and values."""
-    group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
-    size, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), []
-    for part, at in zip(q.split(size, 2), slots[-q.shape[2] :].split(size), strict=True):
-        mask = visible_slots(at, slots, real).repeat(1, 1, group, 1)
-        rows = part.unflatten(1, (-1, group)).flatten(2, 3)
-        out = nn.functional.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
-        parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
-    return torch.cat(parts, 2)
 
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

@@ -38,6 +38,7 @@ CASES = {
         {"config": dataclasses.replace(CONFIG, top_p=1.0, min_probability=0.01, tile_probability=0.02)},
     ),
     "window ladder": ("llama", "group", UNEVEN, {"windows": ((40, 20, 12), (24, 40, 16), (40, 8, 40))}),
+    "dense end": ("llama", "head", HEADS, {"config": dataclasses.replace(CONFIG, dense_end_tokens=30)}),
     "no sinks": ("llama", "group", UNEVEN, {"config": dataclasses.replace(CONFIG, sink_tokens=0)}),
     "mistral": ("mistral", "group", UNEVEN, {}),
     "qwen2": ("qwen2", "group", UNEVEN, {"hidden_size": 192}),

@@ -2,13 +2,21 @@
 `decode` (with `decode_kernels`) compute it in bounded memory."""
 
 from .decode import decode_attention
-from .prefill import backend, prefill_attention, retrieval_attention, window_attention, window_backend
+from .prefill import (
+    backend,
+    dense_end_attention,
+    prefill_attention,
+    retrieval_attention,
+    window_attention,
+    window_backend,
+)
 from .reference import far_slots, gather_slots, near_slots, sink_slots, sparse_attention
 from .select import index_scores, top_p_threshold
 
 __all__ = [
     "backend",
     "decode_attention",
+    "dense_end_attention",
     "far_slots",
     "gather_slots",
     "index_scores",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .decode import decode_attention
-from .prefill import backend, prefill_attention
+from .prefill import backend, dense_end_attention, prefill_attention
 from .reference import numbers
 
 
@@ -47,6 +47,8 @@ class Part:
     top_p: float = 1.0
     min_probability: float = 0.0
     tile_probability: float = 0.0
+    dense_end_tokens: int = 0
+    """Last tokens of a prompt that attend densely, where it is read at once."""
 
 
 def write(pages: Pages, slots: Tensor, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
@@ -164,8 +166,9 @@ def prefill(q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, leng
     else:
         old = sinks.clamp(max=length - 1)  # the mask leaves out those that repeat
         kept = (none, none, k, v, *(gather(x, table[None], old) for x in (pages.k, pages.v)), None, None)
+    rows = q.transpose(0, 1)[None]
     out = prefill_attention(
-        q.transpose(0, 1)[None],
+        rows,
         *kept,
         kv_rows=tuple(range(k.shape[1])),
         head_units=part.head_units,
@@ -177,4 +180,7 @@ def prefill(q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, leng
         tile_probability=part.tile_probability,
         scaling=part.scaling,
     )
+    if part.dense_end_tokens and len(q) == length:
+        last = rows[:, :, -part.dense_end_tokens :]
+        out[:, :, -last.shape[2] :] = dense_end_attention(last, k, v, scaling=part.scaling)
     return out[0].transpose(0, 1)

@@ -94,6 +94,31 @@ def _kernels(q: Tensor):
     return kernels
 
 
+MASK_ELEMENTS = 2**26
+"""Of a piece of `dense_end_attention`, at most."""
+
+
+def dense_end_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
+    """Dense causal attention of a prompt's last queries, in pieces; a group's heads share keys and values.
+
+    Args:
+        q: [B, Hq, T, D] queries of the last T slots.
+        k, v: [B, Hkv, N, D] of all slots.
+        real: [B, N] bool, False for padding; None when nothing is padded.
+
+    Returns:
+        [B, Hq, T, D]
+    """
+    group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
+    size, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), []
+    for part, at in zip(q.split(size, 2), slots[-q.shape[2] :].split(size), strict=True):
+        mask = visible_slots(at, slots, real).repeat(1, 1, group, 1)
+        rows = part.unflatten(1, (-1, group)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
+        parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
+    return torch.cat(parts, 2)
+
+
 def workspace_elements(device: torch.device) -> int:
     """Mask and score elements that one piece of work may hold: on a GPU about a hundredth of its memory in scores."""
     return torch.cuda.get_device_properties(device).total_memory >> 9 if device.type == "cuda" else 1 << 22

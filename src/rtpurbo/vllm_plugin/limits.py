@@ -31,7 +31,6 @@ def check(vllm_config: Any, heads: HeadMap, config: SparseConfig, prefix_caching
         "fast prefill (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
         "two batches at once (--enable-dbo)": getattr(parallel, "enable_dbo", False),
         "dense_below_tokens": config.dense_below_tokens > 0,
-        "dense_end_tokens": config.dense_end_tokens > 0,
         "one cache for all layers (--disable-hybrid-kv-cache-manager), which frees no block of local heads": bool(
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         ),

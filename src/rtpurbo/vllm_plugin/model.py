@@ -132,6 +132,7 @@ class SplitAttention(nn.Module):
             top_p=config.top_p,
             min_probability=config.min_probability,
             tile_probability=config.tile_probability,
+            dense_end_tokens=config.dense_end_tokens,
         )
         row, unit = home.pool.places[layer]
         place = Place(
