@@ -106,6 +106,7 @@ def test_every_field_is_documented(cls):
         (SparseConfig, {"sink_tokens": -1}, r"sink_tokens must be 0 or more tokens, got -1\."),
         (SparseConfig, {"index_dim": 0}, r"index_dim must be at least 1, got 0\."),
         (SparseConfig, {"dense_end_tokens": -1}, r"dense_end_tokens must be 0 or more tokens, got -1\."),
+        (EvalConfig, {"dense_end_tokens": -1}, r"dense_end_tokens must be 0 or more tokens, got -1\."),
         (SparseConfig, {"index_dtype": "float16"}, r"index_dtype must be 'auto' or 'float8', got 'float16'\."),
         (SparseConfig, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         (SparseConfig, {"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1\.01\."),

@@ -345,6 +345,7 @@ class EvalConfig:
         _require(self.long_tokens == 0 or self.long_tokens >= 8, "long_tokens", "0 or at least 8", self.long_tokens)
         _require(self.task_limit is None or self.task_limit >= 1, "task_limit", "1 or more", self.task_limit)
         _require(self.task_batch >= 1, "task_batch", "1 or more", self.task_batch)
+        _require((self.dense_end_tokens or 0) >= 0, "dense_end_tokens", "0 or more tokens", self.dense_end_tokens)
         known = ("single", "multi_key", "multi_value", "multi_query")
         for kind in self.kinds:
             _require(kind in known, "kinds", f"among {', '.join(known)}", kind)

@@ -407,6 +407,7 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
         "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
         "top_p": plain(config, default, "top_p", "the least probability decides alone"),
         "min_probability": plain(config, default, "min_probability", f"no query selects more than 10000 tokens; {small}"),
+        "dense_end_tokens": plain(config, default, "dense_end_tokens", "of a prompt, read by all heads"),
         "calibrate.lengths_tokens": (
             c.lengths_tokens or default_lengths(context, sparse),
             "asked for" if c.lengths_tokens else parts,
