@@ -362,8 +362,8 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
     """The settings that a conversion of this model comes to, each with where it comes from.
 
     Window and lengths follow from the context, what is chosen and how many of it from the heads. Nothing else follows from
-    the model by default: share, least probability, steps and rates that suit SmolLM2-135M suit Qwen2.5-Coder-0.5B
-    (docs/results.md), and two small models do not say how they should change with size.
+    the model by default: the share and the least probability that suit SmolLM2-135M suit Qwen2.5-Coder-0.5B
+    (docs/results.md), and two small models do not say how steps or rates should change with size.
 
     Returns:
         {setting: (value, half a sentence)}
