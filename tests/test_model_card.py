@@ -130,6 +130,10 @@ def test_table_of_an_evaluation():
     ]
     assert "Evaluation has not been run" not in card
     assert "95 % interval" in card
+    said = "The sparse model read the last 1,280 tokens of a prompt densely."
+    for end in (None, 1280):
+        card = model_card(make_artifact(), {**evaluation, "settings": {"dense_end_tokens": end}})
+        assert (said in card) == (end is not None)
 
 
 def test_no_interval_from_one_sample():

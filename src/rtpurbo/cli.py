@@ -738,11 +738,13 @@ def _table(artifact: Any, path: Path) -> None:
 
     from .model_card import HEADER, measured_rows, read_evaluation
 
-    window = artifact.config.window_tokens
-    table = Table(title=f"{artifact.base_model['name']}, window of {window} tokens, {artifact.config.rule}")
+    evaluation = read_evaluation(path)
+    end = evaluation.get("settings", {}).get("dense_end_tokens")
+    sparse = artifact.config.with_options(dense_end_tokens=end)
+    table = Table(title=f"{artifact.base_model['name']}, window of {sparse.window_tokens} tokens, {sparse.rule}")
     for column in HEADER:
         table.add_column(column, justify="left" if column == HEADER[0] else "right")
-    for row in measured_rows(artifact, read_evaluation(path)):
+    for row in measured_rows(artifact, evaluation):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 

@@ -25,6 +25,12 @@ _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NONE = "–"
 
 
+def caption(evaluation: dict[str, Any]) -> str:
+    """What stands below the table of an evaluation."""
+    end = evaluation.get("settings", {}).get("dense_end_tokens")
+    return CAPTION if end is None else f"{CAPTION} The sparse model read the last {end:,} tokens of a prompt densely."
+
+
 def _numbers(names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), float)
 
@@ -381,7 +387,7 @@ def model_card(artifact: Artifact, evaluation: dict[str, Any] | None = None) -> 
     window = f"{'' if heads.windows is None else 'at most '}{artifact.config.window_tokens:,}"
     rows = measured_rows(artifact, evaluation)
     lines = [HEADER, ("---",) * len(HEADER), *(map(_plain, row) for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{CAPTION}"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{caption(evaluation)}"
     measured = "\n\n".join([table if rows else "Nothing has been measured yet.", *gaps(artifact, evaluation)])
     settings = "\n".join(
         f"- **{_plain(title)}**: {'; '.join(f'{_plain(k)} = {_plain(_public(v))}' for k, v in values.items())}"

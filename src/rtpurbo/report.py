@@ -159,7 +159,7 @@ def _page(artifact: Artifact, evaluation: dict[str, Any], curves: dict[str, list
                 what = f"the dense {what} at {card.tokens(dense['length_tokens'])}"
                 tiles.append((f"{found[key] / dense[key]:.2f} ×", what))
     index = f"the far tokens that a {sparse.index_dim}-dimensional index selects with {sparse.rule}"
-    summary = f"{_table(card.HEADER, rows, 'rows')}<p class=caption>{escape(card.CAPTION)}</p>" if rows else ""
+    summary = f"{_table(card.HEADER, rows, 'rows')}<p class=caption>{escape(card.caption(evaluation))}</p>" if rows else ""
     sections = {
         "Dense and sparse": _notes(card.gaps(artifact, evaluation)) + summary,
         "Head map": _head_map(artifact),
