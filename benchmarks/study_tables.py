@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rivals import our_read_ratio
+from study import DENSE_ENDS
 
 from rtpurbo.config import SparseConfig
 from rtpurbo.evals.statistics import paired
@@ -68,8 +69,9 @@ CONVERSIONS = {
 """(File, how prompts are read) -> conversion of that model that README shows."""
 TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
-OURS = ("dense", "sparse", "dense_end", "dense_end_2048", "dense_prefill")
-METHODS = (*OURS, "stage1", "razor", "top_k", "quest", "snapkv", "window")
+READS = ("sparse", *DENSE_ENDS)
+"""The sparse model, by how it reads a prompt."""
+METHODS = ("dense", *READS, "stage1", "razor", "top_k", "quest", "snapkv", "window")
 AVERAGED = 10
 """Tasks of RULER that an average stands for what was aimed at, at least."""
 NEEDED = 0.95
@@ -157,7 +159,7 @@ def ruler(found: Found, *, method: str = "sparse", beyond_chance: bool = False) 
     """RULER, dense and sparse, a table for every length.
 
     Args:
-        method: how the sparse model reads its prompts, of OURS.
+        method: how the sparse model reads its prompts, of READS.
         beyond_chance: of the tasks show only those whose interval excludes 0.
     """
     parts = []
@@ -258,7 +260,7 @@ def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
     lengths = list(cells)
     if not lengths:
         return 0, {}
-    ran = {n: sum(len(set(at) - set(OURS)) for at in cells[n].values()) for n in lengths}
+    ran = {n: sum(len(set(at) - {"dense", *READS}) for at in cells[n].values()) for n in lengths}
     length = max(lengths, key=lambda n: ran[n]) if any(ran.values()) else lengths[len(lengths) // 2]
     return length, cells[length]
 
@@ -268,7 +270,7 @@ def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> fl
     name, _, setting = method.partition("@")
     if name == "dense":
         return 1.0
-    if name in OURS:
+    if name in READS:
         return our_bytes(found, length, setting)
     ratios = [row.get("bytes_ratio") for row in cells]
     ratios = [x for x in ratios if x is not None and not math.isnan(x)]
@@ -456,7 +458,7 @@ def reached(found: Found, method: str = "sparse") -> dict[str, str]:
     """Aim -> what a conversion of a model reached; bold where it missed, a dash where it was not measured.
 
     Args:
-        method: how prompts of RULER are read, of OURS.
+        method: how prompts of RULER are read, of READS.
     """
     entries: dict[str, str] = {}
 
@@ -512,7 +514,8 @@ def aims() -> str:
 
 
 PARTS = {
-    "RULER": ruler, "RULER, the last 128 tokens of a prompt read densely": partial(ruler, method="dense_end"),
+    "RULER": ruler,
+    f"RULER, the last {DENSE_ENDS['dense_end']} tokens of a prompt read densely": partial(ruler, method="dense_end"),
     "RULER, prompts read densely": partial(ruler, method="dense_prefill"),
     "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
     "Long generation": long_generation, "Conversion": conversion, "Ablations": ablations,

@@ -185,7 +185,7 @@ def test_what_is_supported_passes():
     limits.check(settings(cache_dtype="bfloat16", tensor_parallel_size=4), head_map((0,)), CONFIG, "")
 
 
-def test_dense_below_a_length_is_refused():
+def test_dense_below_tokens_is_refused():
     config = SparseConfig(window_tokens=100, dense_below_tokens=500)
     with pytest.raises(ValueError, match="dense_below_tokens"):
         limits.check(settings(), head_map((0,)), config, "")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -144,24 +143,26 @@ def sparse_forward(
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
-    undropped, end = layer is None or not layer.is_split, state.config.dense_end_tokens
-    view, whole_prefill = None, undropped and q.shape[2] > 1 and (below or length <= end)
+    end = state.config.dense_end_tokens
+    prompt = q.shape[2] > 1 and (layer is None or not layer.is_split)  # of which nothing is dropped yet
+    view, whole_prefill = None, prompt and (below or length <= end)
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-        dropout = self.attention_dropout if self.training else 0.0
-        sdpa = partial(sdpa_attention_forward, self, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
-        if whole_prefill and real is not None and length == q.shape[2]:
-            out = _dense_rows(sdpa, q, k_all, v_all, real)
+        if short or (real is None and q.shape[2] in (1, length)):  # a small mask or none
+            mask = _dense_mask(q.shape[2], length, real, q.device)
+            dropout = self.attention_dropout if self.training else 0.0
+            out, _ = sdpa_attention_forward(self, q, k_all, v_all, mask, dropout=dropout, scaling=self.scaling)  # type: ignore[arg-type]
+            out = out.transpose(1, 2)
         else:
-            out = sdpa(q, k_all, v_all, _dense_mask(q.shape[2], length, real, q.device))[0].transpose(1, 2)
+            out = ops.dense_attention(q, k_all, v_all, scaling=self.scaling, real=real)  # type: ignore[arg-type]
     else:
         view = layer.view(real) if layer is not None else split_heads(k, v, index_k, state.new_cache_layer(), real)
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
-        if end and undropped and q.shape[2] > 1:
+        if end and prompt:
             k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-            last = ops.dense_end_attention(q[:, :, -end:], k_all, v_all, scaling=self.scaling, real=real)  # type: ignore[arg-type]
+            last = ops.dense_attention(q[:, :, -end:], k_all, v_all, scaling=self.scaling, real=real)  # type: ignore[arg-type]
             out = torch.cat([out[:, :, : -last.shape[2]], last], 2)
     if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
         layer.drop(real, view)
@@ -174,17 +175,6 @@ def _dense_mask(queries: int, length: int, real: Tensor | None, device: torch.de
         return None
     slots = torch.arange(length, device=device)
     return visible_slots(slots[length - queries :], slots, real)
-
-
-def _dense_rows(sdpa: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-    """Dense causal attention [B, Hq, T, D] of a padded batch, row by row: no mask of T x T; 0 at padding."""
-    rows = []
-    for slots, *row in zip(real, q, k, v, strict=True):
-        at, out = slots.nonzero()[:, 0], torch.zeros_like(row[0])
-        if len(at):  # a row may begin in a later piece
-            out = out.index_copy(1, at, sdpa(*(x[None, :, at] for x in row), None)[0][0].transpose(0, 1))
-        rows.append(out)
-    return torch.stack(rows)
 
 
 def _prefill(q: Tensor, kv: KeyValues, index_q: Tensor | None, state: LayerState, scaling: float, real: Tensor | None):

@@ -68,9 +68,9 @@ class SparseConfig:
     """While a sequence is shorter, prefill is dense, and in decode the retrieval heads are; what local heads dropped stays
     dropped. Where sparse attention pays on a machine, `rtpurbo bench` says."""
     dense_end_tokens: int = 0
-    """Last tokens of a prompt that all heads read densely; more than it has: all of it. The question, as a rule: 128 take
-    hardly any time. Decode is sparse; so is what is read after local heads have dropped tokens (in an earlier piece of a
-    longer prompt, or in decode), and training."""
+    """Last tokens of a prompt that all heads read densely; more than it has: all of it. The question, as a rule: 128 add as
+    many rows of attention. Decode is sparse; so is what is read after local heads have dropped tokens (in an earlier piece
+    of a longer prompt, or in decode), and training."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)

@@ -91,10 +91,10 @@ def evaluate(
         ValueError: other weights than the artefact's, lengths beyond the context, too little text, an unusable SQuAD file.
     """
     check_fingerprint(model, artifact)
-    sparse = artifact.config.with_options(dense_end_tokens=config.dense_end_tokens if config else None)
-    artifact = dataclasses.replace(artifact, config=sparse)
     context = context_tokens(model)
     config = (config or EvalConfig()).resolved(context, artifact.config)
+    sparse = artifact.config.with_options(dense_end_tokens=config.dense_end_tokens)
+    artifact = dataclasses.replace(artifact, config=sparse)
     longest = max(config.lengths_tokens)
     loss_length = config.loss_length_tokens or longest
     result: dict[str, Any] = {"settings": dataclasses.asdict(config), "sources": list(sources)}

@@ -4,7 +4,7 @@
 from .decode import decode_attention
 from .prefill import (
     backend,
-    dense_end_attention,
+    dense_attention,
     prefill_attention,
     retrieval_attention,
     window_attention,
@@ -16,7 +16,7 @@ from .select import index_scores, top_p_threshold
 __all__ = [
     "backend",
     "decode_attention",
-    "dense_end_attention",
+    "dense_attention",
     "far_slots",
     "gather_slots",
     "index_scores",

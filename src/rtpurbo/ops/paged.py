@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .decode import decode_attention
-from .prefill import backend, dense_end_attention, prefill_attention
+from .prefill import backend, dense_attention, prefill_attention
 from .reference import numbers
 
 
@@ -182,5 +182,5 @@ def prefill(q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, leng
     )
     if part.dense_end_tokens and len(q) == length:
         last = rows[:, :, -part.dense_end_tokens :]
-        out[:, :, -last.shape[2] :] = dense_end_attention(last, k, v, scaling=part.scaling)
+        out[:, :, -last.shape[2] :] = dense_attention(last, k, v, scaling=part.scaling)
     return out[0].transpose(0, 1)

@@ -95,11 +95,11 @@ def _kernels(q: Tensor):
 
 
 MASK_ELEMENTS = 2**26
-"""Of a piece of `dense_end_attention`, at most."""
+"""Of a piece of `dense_attention`, at most."""
 
 
-def dense_end_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
-    """Dense causal attention of a prompt's last queries, in pieces; a group's heads share keys and values.
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
+    """Dense causal attention of the last queries, in pieces; a group's heads share keys and values.
 
     Args:
         q: [B, Hq, T, D] queries of the last T slots.
@@ -110,11 +110,13 @@ def dense_end_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real
         [B, Hq, T, D]
     """
     group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
-    size, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), []
-    for part, at in zip(q.split(size, 2), slots[-q.shape[2] :].split(size), strict=True):
-        mask = visible_slots(at, slots, real).repeat(1, 1, group, 1)
+    size, stop, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), len(slots) - q.shape[2], []
+    for part in q.split(size, 2):
+        start, stop = stop, stop + part.shape[2]  # no query of this piece sees further
+        seen = None if real is None else real[:, :stop]
+        mask = visible_slots(slots[start:stop], slots[:stop], seen).repeat(1, 1, group, 1)
         rows = part.unflatten(1, (-1, group)).flatten(2, 3)
-        out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling)
+        out = F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], mask, scale=scaling)
         parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, 2)
 
