@@ -25,13 +25,18 @@ PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "results.svg"
 MISSING = "Not measured yet."
 MODELS = {
+    "study_qwen25_coder_05b_32k": "Qwen2.5-Coder-0.5B, window 4096, documents of 32K",
     "study_qwen25_coder_05b_first_half": "Qwen2.5-Coder-0.5B, window 4096, adapter in half of the layers",
     "study_qwen25_coder_05b_window_4096": "Qwen2.5-Coder-0.5B, window 4096, adapter in all layers",
     "study_qwen25_coder_05b": "Qwen2.5-Coder-0.5B, window 2048",
     "study_smollm2": "SmolLM2-135M",
 }
 """File in benchmarks/results -> name of the model."""
+READ = {"study_qwen25_coder_05b_32k": "dense_end"}
+"""File -> how its model reads prompts in tables that show one way, of READS; sparsely where none is named."""
 RECIPES = {
+    "study_qwen25_coder_05b_32k": "window 4096; adapter in layers 0 to 11, 300 steps of two of 32K; last 128 tokens dense",
+    "study_qwen25_coder_05b_paper": "window 4096; the paper's recipe (heads by a span, p 0.9, 600 steps of all weights)",
     "study_qwen25_coder_05b_first_half": "window 4096; adapter in layers 0 to 11, 300 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_window_4096": "the same heads and index; adapter in all layers, 500 steps",
     "study_qwen25_coder_05b_window_4096_first_half_of_it": "the adapter of all layers, in layers 0 to 11 alone",
@@ -41,7 +46,7 @@ RECIPES = {
     "study_qwen25_coder_05b_long_mix": "the same heads and index; 300 steps of two of 32K, more chains and examples",
     "study_qwen25_coder_05b_mix_16k": "the same heads and index; 300 steps of four, more chains and examples",
     "study_qwen25_coder_05b_long_mix_calibrated": "both stages and 300 steps at 32K with more chains and examples",
-    "study_qwen25_coder_05b_window_4096_without_head_22_2": "the first row's heads without 22.2; no stage 2",
+    "study_qwen25_coder_05b_window_4096_without_head_22_2": "the same heads without 22.2; no stage 2",
     "study_qwen25_coder_05b_window_4096_shared_heads": "the 40 heads that two conversions share; no stage 2",
     "study_qwen25_coder_05b": "window 2048; stage 2 in 400 steps of two documents at 5e-4",
     "study_qwen25_coder_05b_four_documents": "the same heads and index; stage 2 in 500 steps of four documents at 3e-4",
@@ -62,6 +67,10 @@ RECIPES = {
 }
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
 CONVERSIONS = {
+    (
+        "study_qwen25_coder_05b_32k",
+        "dense_end",
+    ): "window 4096, half of the layers, 300 x 2 of 32K, the last 128 tokens dense",
     ("study_qwen25_coder_05b_first_half", "sparse"): "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
     ("study_qwen25_coder_05b_window_4096", "sparse"): "window 4096, all layers, 500 x 4 at 3e-4",
     ("study_qwen25_coder_05b", "sparse"): "window 2048, all layers, 400 x 2 at 5e-4",
@@ -156,7 +165,7 @@ def average_interval(pairs: list[tuple[list[float], list[float]]], *, seed: int 
 
 
 def ruler(found: Found, *, method: str = "sparse", beyond_chance: bool = False) -> str:
-    """RULER, dense and sparse, a table for every length.
+    """RULER, dense and sparse, a table for every length: the tasks that the sparse model ran on.
 
     Args:
         method: how the sparse model reads its prompts, of READS.
@@ -166,14 +175,13 @@ def ruler(found: Found, *, method: str = "sparse", beyond_chance: bool = False) 
     for length, tasks in ruler_cells(found).items():
         rows, pairs = [], list(both(tasks, method).values())
         for task, at in tasks.items():
-            shown = [at[name] for name in ("dense", method) if name in at]
-            if not shown or (method != "sparse" and method not in at):
+            if method not in at:
                 continue
             dense, sparse = (mean(at[name]["scores"]) if name in at else None for name in ("dense", method))
-            row = [task, str(len(shown[0]["scores"])), f"{shown[0]['prompt_tokens']['mean']:.0f}"]
+            row = [task, str(len(at[method]["scores"])), f"{at[method]['prompt_tokens']['mean']:.0f}"]
             row += [show(dense, ".1%"), show(sparse, ".1%")]
             telling = False
-            if len(shown) == 2:
+            if "dense" in at:
                 pair = paired(at["dense"]["scores"], at[method]["scores"])
                 if lost(pair):
                     row[0] = f"**{task}**"
@@ -193,7 +201,7 @@ def ruler(found: Found, *, method: str = "sparse", beyond_chance: bool = False) 
             rows.append([*row, show(capped / dense if dense else None, ".3f"), "–"])
         header = [f"RULER, {length} tokens", "samples", "prompt tokens", "dense", "sparse", "recovery", "difference, 95 %"]
         parts += [table(header, rows)] if rows else []
-        cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values())
+        cut = sum(max(row.get("prompts_cut", 0) for row in at.values()) for at in tasks.values() if method in at)
         parts += [f"{cut} prompts did not fit and were cut."] if cut and rows else []
     return "\n\n".join(parts)
 
@@ -202,7 +210,7 @@ def summary() -> str:
     """RULER's averages of the first model, and the tasks that lose or win more than chance would."""
     name = next(iter(MODELS))
     found = load(name)
-    text = ruler(found, beyond_chance=True) if found else ""
+    text = ruler(found, method=READ.get(name, "sparse"), beyond_chance=True) if found else ""
     return text.replace("| RULER", f"| {MODELS[name]}: RULER") or MISSING
 
 
@@ -282,9 +290,7 @@ def rivals(found: Found) -> str:
     length, some = rivals_length(found)
     ran = {method: [task for task, at in some.items() if method in at and "sparse" in at] for method in METHODS}
     ran = {method: tasks for method, tasks in ran.items() if tasks}
-    shown = [
-        task for task in some if any(task in tasks for method, tasks in ran.items() if method not in ("dense", "sparse"))
-    ]
+    shown = [task for task in some if any(task in tasks for method, tasks in ran.items() if method not in ("dense", *READS))]
     if not shown:
         return ""
     rows = []
@@ -440,7 +446,7 @@ def recipes() -> str:
     length, rows = 16384, []
     for name, what in RECIPES.items():
         found = load(name) or {"cells": {}}
-        pairs = both(ruler_cells(found).get(length, {}))
+        pairs = both(ruler_cells(found).get(length, {}), READ.get(name, "sparse"))
         row = [what, str(len(pairs)), *["–"] * 3]
         if pairs:
             dense, sparse = map(average, zip(*pairs.values(), strict=True))
@@ -503,6 +509,11 @@ def reached(found: Found, method: str = "sparse") -> dict[str, str]:
     outside = sum(row["difference_95"][1] < 0 for row in needle)
     text = f"{len(needle) - outside} of {len(needle)}" if needle else ""
     tell("needle questions at 8K to 32K within their interval", text, missed=outside > 0)
+    made = result(found, "convert")
+    took, peak = made.get("seconds", {}), max(made.get("peak_gigabytes", {}).values(), default=0.0)
+    whole = bool(took) and set(took) == set(made["stages"])  # not so where stages were taken over
+    text = f"{sum(took.values()) / 60:.0f} minutes, {peak:.0f} GB" if whole else ""
+    tell("conversion in 20 minutes and 40 GB", text, missed=whole and (sum(took.values()) > 1200 or peak > 40))
     return entries
 
 
@@ -514,7 +525,7 @@ def aims() -> str:
 
 
 PARTS = {
-    "RULER": ruler,
+    "RULER, prompts read sparsely": ruler,
     f"RULER, the last {DENSE_ENDS['dense_end']} tokens of a prompt read densely": partial(ruler, method="dense_end"),
     "RULER, prompts read densely": partial(ruler, method="dense_prefill"),
     "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rtpurbo import checkpoint, cli, demo, distillation, progress
+from rtpurbo import checkpoint, cli, demo, distillation
 from rtpurbo.checkpoint import CONFIG_FILE, Artifact
 from rtpurbo.config import DistillConfig
 from rtpurbo.pipeline import PAPER, ConvertConfig, convert
@@ -124,19 +124,17 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
 
 
 def test_a_long_prompt_is_read_in_pieces(tmp_path, model_dir, converted, monkeypatch):
-    from rtpurbo.evals import speed
-
     (tmp_path / "book.txt").write_text("a book about all and any city " * 20)
     command = ("generate", converted, "--prompt-file", tmp_path / "book.txt", "--max-new-tokens", 5)
     whole = run(*command)
-    monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 37)
+    monkeypatch.setattr("rtpurbo.generate.PIECE_TOKENS", 37)
     pieces = []
-    monkeypatch.setattr(progress, "track", lambda items, **_: pieces.extend(items) or items)
+    monkeypatch.setattr("rtpurbo.generate.track", lambda items, **_: pieces.extend(items) or items)
     code, out, err = run(*command)
     assert code == 0, err
     assert out == whole[1]
     assert len(pieces) > 2
-    assert {piece.shape[1] for piece in pieces[:-1]} == {37}
+    assert {piece.shape[1] for piece in pieces[1:]} == {37}
 
 
 def test_demo(tmp_path, model_dir, source, monkeypatch):

@@ -21,7 +21,7 @@ from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig
 from rtpurbo.data import documents
 from rtpurbo.distillation import distill
-from rtpurbo.evals import evaluate, harness, speed
+from rtpurbo.evals import evaluate, harness
 from rtpurbo.evals.compare import both
 from rtpurbo.evals.fidelity import compare_documents
 from rtpurbo.evals.needle import DEPTHS, grade, grade_all, needle_samples
@@ -111,6 +111,20 @@ def test_grades_are_those_of_generate(tokenizer, source, kind, where):
             assert score == sum(right) / len(right)
     if kind in ("single", "multi_key"):
         assert 0 < sum(got) < len(got)
+
+
+def test_grades_follow_the_way_a_prompt_is_read(model, tokenizer, source):
+    haystacks = documents([source], tokenizer, length_tokens=256, count=5, seed=2)
+    samples = [
+        dataclasses.replace(s, answers=((s.answers[0][0], s.answers[0][0] + 1),))  # its prompt says the first token
+        for s in needle_samples(haystacks, tokenizer, kind="single", count=10, seed=4)
+    ]
+    window_only, scores = artifact_for(model, ((), ())), {}
+    for end in (0, 16, 1000):
+        config = window_only.config.with_options(dense_end_tokens=end)
+        with both(model, dataclasses.replace(window_only, config=config)) as switch, switch("sparse") as ready:
+            scores[end] = sum(grade(ready, samples))
+    assert scores[0] < scores[16] == scores[1000] == sum(grade(model, samples)) == len(samples)
 
 
 def test_grades_of_a_batch_and_one_by_one(model, tokenizer, source):
@@ -206,7 +220,7 @@ def test_decode_measures_what_the_cache_holds(model, indexed, tokenizer, source)
 
 def test_timing_shows_how_far_it_is(model, tokenizer, source, monkeypatch, capsys):
     monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
-    monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 100)
+    monkeypatch.setattr("rtpurbo.generate.PIECE_TOKENS", 100)
     tokens = documents([source], tokenizer, length_tokens=300, count=1, seed=0)[0]
     measure_decode(model, tokens, new_tokens=2)
     shown = capsys.readouterr().err
@@ -324,15 +338,11 @@ def test_evaluate_skips_what_is_not_asked_for(model, indexed, tokenizer, source)
 
 
 def test_evaluate_with_prompts_read_densely(model, tokenizer, source):
-    window_only = artifact_for(model, ((1,), ()))
-    config = small(lengths_tokens=(320,), samples=(0,), decode_tokens=0)
-    sparse, end, whole = (
-        evaluate(model, tokenizer, window_only, [source], dataclasses.replace(config, dense_end_tokens=end))
-        for end in (None, 64, 1000)
-    )
-    assert whole["settings"]["dense_end_tokens"] == 1000
-    assert whole["loss"][source]["kl"] == pytest.approx(0, abs=1e-6)
-    assert 0.01 < end["loss"][source]["kl"] < sparse["loss"][source]["kl"]
+    window_only = artifact_for(model, ((), ()))
+    config = small(lengths_tokens=(320,), samples=(0,), decode_tokens=0, dense_end_tokens=1000)
+    found = evaluate(model, tokenizer, window_only, [source], config)
+    assert found["settings"]["dense_end_tokens"] == 1000
+    assert found["loss"][source]["kl"] > 0.01  # a document is no prompt
     assert window_only.config.dense_end_tokens == 0
 
 

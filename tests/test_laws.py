@@ -14,6 +14,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import torch
 from transformers import DynamicCache
 
 from oracle import oracle
-from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused
+from rtpurbo.attach import attached, borrowed, checkpoint_activations, paused, reading
 from rtpurbo.cache import CACHE, SparseLayer
 from rtpurbo.config import SparseConfig
 from rtpurbo.heads import HeadMap
@@ -212,7 +213,7 @@ def test_dense_prefill(kind):
             return logits(model, ids, mask, chunks)
 
     dense = logits(model, ids, mask)
-    for chunks in (None, [LENGTH], [20, 30, 11]):
+    for chunks in ([LENGTH], [20, 30, 11]):
         assert_same(run(chunks, dense_end_tokens=LENGTH)[real], dense[real])
     assert (run([LENGTH]) - dense)[real].abs().max() > 0.01  # it would not be so
     decode = [45, 1]  # as where the prompt is just short enough to stay dense
@@ -236,10 +237,10 @@ def test_dense_end(kind, granularity, monkeypatch):
         with attached(model, heads, dataclasses.replace(CONFIG, **settings), indexer):
             return logits(model, ids, mask, chunks)
 
-    sparse, got = run(), run(dense_end_tokens=end)
+    sparse, got = run(), run([LENGTH], dense_end_tokens=end)
     assert_same(got[:, :-end][real[:, :-end]], sparse[:, :-end][real[:, :-end]])
     assert (got - sparse)[:, -end:][real[:, -end:]].abs().max() > 0.01
-    assert_same(run([LENGTH], dense_end_tokens=end)[real], got[real])  # with a cache
+    assert_same(run(dense_end_tokens=end)[real], sparse[real])  # without a cache it is no prompt
 
     # what a dense end is: everything before it sparse without forgetting, then the end dense
     at, first = positions(real), slice(0, LENGTH - end)
@@ -251,6 +252,16 @@ def test_dense_end(kind, granularity, monkeypatch):
     with attached(model, heads, CONFIG.with_options(dense_end_tokens=LENGTH), indexer):
         want = model(ids[:, -end:], attention_mask=mask, position_ids=at[:, -end:], **{CACHE: cache}).logits
     assert_same(got[:, -end:][real[:, -end:]], want[real[:, -end:]])
+
+    for some, dropped in ((end, False), (0, True)):  # read in pieces
+        cache, cut = DynamicCache(config=model.config), LENGTH - 20
+        with attached(model, heads, CONFIG.with_options(dense_end_tokens=some), indexer):
+            for part in (slice(0, cut), slice(cut, None)):
+                seen = None if mask is None else mask[:, : part.stop]
+                with reading(model) if part.stop else nullcontext():
+                    more = model(ids[:, part], attention_mask=seen, position_ids=at[:, part], **{CACHE: cache}).logits
+                assert cache.layers[0].is_split == (dropped or not part.stop)
+        assert_same(more[real[:, cut:]], (got if some else sparse)[:, cut:][real[:, cut:]])
 
     assert_same(run([1], dense_end_tokens=end)[real], run([1])[real])  # a single token is no prompt
 

@@ -13,7 +13,7 @@ from rtpurbo.attach import attached
 from rtpurbo.checkpoint import Artifact
 from rtpurbo.config import EvalConfig, SparseConfig
 from rtpurbo.data import documents
-from rtpurbo.evals import evaluate, long_generation, speed
+from rtpurbo.evals import evaluate, long_generation
 from rtpurbo.evals.compare import both
 from rtpurbo.evals.long_generation import compare_generations, draw, end_tokens, repetition, sample
 from rtpurbo.models import fingerprint
@@ -59,7 +59,7 @@ def test_samples_depend_on_seed_and_prompt_alone(monkeypatch):
     model, prompts = tiny.shared_model(), tiny.tokens(PROMPT, batch=3)
     one = sample(model, prompts, new_tokens=NEW, what="Test", **OPTIONS)
     assert one.shape == (3, NEW)
-    monkeypatch.setattr(speed, "PREFILL_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("rtpurbo.generate.PIECE_TOKENS", 7)
     assert torch.equal(one, sample(model, prompts, new_tokens=NEW, what="Test", **OPTIONS))
     assert not torch.equal(one, sample(model, prompts, new_tokens=NEW, suppressed=[], seed=6, what="Test"))
     same = sample(model, prompts[:1].expand(3, -1), new_tokens=NEW, what="Test", **OPTIONS)

@@ -192,7 +192,7 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
             dense=True,
         )
         attach(model, dense, SparseConfig(window_tokens=context_tokens(model)))
-    states = [m.__dict__["rtpurbo"] for m in model.modules() if "rtpurbo" in m.__dict__]
+    states = _states(model)
     for state in states:
         state.recorder = recorder
     try:
@@ -202,6 +202,24 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
             state.recorder = None
         if was_dense:
             detach(model)
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """What is read inside the `with` block begins a prompt that goes on: if its end is to be read densely
+    (`dense_end_tokens`), no head drops anything yet."""
+    states = _states(model)
+    for state in states:
+        state.reading = True
+    try:
+        yield
+    finally:
+        for state in states:
+            state.reading = False
+
+
+def _states(model: nn.Module) -> list[LayerState]:
+    return [m.__dict__["rtpurbo"] for m in model.modules() if "rtpurbo" in m.__dict__]
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:

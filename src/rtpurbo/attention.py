@@ -58,6 +58,8 @@ class LayerState:
     config: SparseConfig
     qk_norm: bool
     recorder: Recorder | None = None
+    reading: bool = False
+    """Whether what is read begins a prompt that goes on; see `attach.reading`."""
     retrieval: list[int] = field(init=False)
     local: list[int] = field(init=False)
     full_kv: list[int] = field(init=False)
@@ -143,9 +145,9 @@ def sparse_forward(
     real = None if attention_mask is None else attention_mask[:, :length]
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
-    end = state.config.dense_end_tokens
+    end = state.config.dense_end_tokens if layer is not None else 0  # a document without a cache is no prompt
     prompt = q.shape[2] > 1 and (layer is None or not layer.is_split)  # of which nothing is dropped yet
-    view, whole_prefill = None, prompt and (below or length <= end)
+    view, whole_prefill, goes_on = None, prompt and (below or length <= end), bool(end) and state.reading
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         if short or (real is None and q.shape[2] in (1, length)):  # a small mask or none
@@ -160,11 +162,10 @@ def sparse_forward(
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
-        if end and prompt:
-            k_all, v_all = layer.all_heads() if layer is not None else (k, v)
-            last = ops.dense_attention(q[:, :, -end:], k_all, v_all, scaling=self.scaling, real=real)  # type: ignore[arg-type]
+        if layer is not None and end and prompt and not goes_on:
+            last = ops.dense_attention(q[:, :, -end:], *layer.all_heads(), scaling=self.scaling, real=real)  # type: ignore[arg-type]
             out = torch.cat([out[:, :, : -last.shape[2]], last], 2)
-    if layer is not None and not whole_prefill:  # the next piece of the prompt may be dense too
+    if layer is not None and not (whole_prefill or goes_on):  # the next piece of the prompt may be dense too
         layer.drop(real, view)
     return self.o_proj(out.transpose(1, 2).flatten(2)), None  # type: ignore[operator]
 

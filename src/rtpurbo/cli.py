@@ -116,6 +116,7 @@ class ConvertByPaper(Convert):
     recipe: Literal["default", "paper"] = "paper"
     top_p: float = PAPER.top_p
     min_probability: float = PAPER.min_probability
+    dense_end_tokens: int = PAPER.dense_end_tokens
     calibrate: CalibrateConfig = PAPER.calibrate
     indexer: IndexerConfig = PAPER.indexer
     distill: DistillConfig = PAPER.distill
@@ -350,9 +351,8 @@ def stream(
     from transformers import DynamicCache, TextStreamer
 
     from .cache import CACHE, cache_bytes
-    from .evals.speed import PREFILL_CHUNK_TOKENS
     from .families import context_tokens
-    from .progress import track
+    from .generate import pieces, read
 
     context = context_tokens(model)
     if len(ids) + max_new_tokens > context:
@@ -362,11 +362,9 @@ def stream(
         )
     tokens = torch.tensor([ids], device=model.device)
     cache = DynamicCache(config=model.config)
-    pieces = tokens[:, :-1].split(PREFILL_CHUNK_TOKENS, 1)
-    if len(pieces) > 1:  # long enough to wait for
-        with torch.no_grad():
-            for piece in track(pieces, total=len(pieces), what=f"Reading {len(ids)} tokens"):
-                model(piece, **{CACHE: cache}, logits_to_keep=1)
+    parts = pieces(tokens)
+    if len(parts) > 1:  # long enough to wait for; `generate` reads the last one
+        read(model, parts[:-1], cache, what=f"Reading {len(ids)} tokens", goes_on=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(
         tokens,

@@ -191,7 +191,7 @@ def distill(
     student = _student(copy.deepcopy(model) if sharded else model, config)
     try:
         with torch.no_grad():
-            attach(student, artifact.heads, artifact.config.with_options(dense_end_tokens=0), artifact.indexer)
+            attach(student, artifact.heads, artifact.config, artifact.indexer)
         if config.gradient_checkpointing:
             checkpoint_activations(student)
         prepared = prepare(student, accelerator)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attach import attach, with_adapter
+from .attach import attach, reading, with_adapter
 from .cache import CACHE, join
 from .checkpoint import Artifact, check_digest, check_fingerprint
 from .config import IndexDtype
 from .models import load_model
+from .progress import track
 
 
 def load(
@@ -96,6 +98,30 @@ def end_tokens(model: Any) -> list[int]:
     """Tokens that end a text, by the model's generation config."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+PIECE_TOKENS = 2048
+"""Of a long prompt that is read piece by piece."""
+
+
+def pieces(tokens: Tensor) -> list[Tensor]:
+    """Prompts [B, N] in pieces of PIECE_TOKENS; the first may be shorter: the last holds the end that is read densely."""
+    first = (tokens.shape[1] - 1) % PIECE_TOKENS + 1
+    return [tokens[:, :first], *tokens[:, first:].split(PIECE_TOKENS, 1)] if tokens.shape[1] > first else [tokens]
+
+
+@torch.no_grad()
+def read(model: Any, parts: list[Tensor], cache: DynamicCache, *, what: str, goes_on: bool = False) -> Tensor:
+    """Read prompts piece by piece, with progress: the logits [B, V] after their last token.
+
+    Args:
+        parts: [B, n] int64 each, on the model's device; see `pieces`.
+        goes_on: whether the prompts have more than these parts.
+    """
+    for at, part in enumerate(track(parts, total=len(parts), what=what)):
+        with reading(model) if goes_on or at + 1 < len(parts) else nullcontext():
+            logits = model(part, **{CACHE: cache}, logits_to_keep=1).logits
+    return logits[:, -1]
 
 
 @torch.no_grad()

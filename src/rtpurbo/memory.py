@@ -18,8 +18,8 @@ from .calibration import ROWS, TEXT_POSITIONS
 from .config import LONGEST_TOKENS, CalibrateConfig, DistillConfig, EvalConfig, IndexerConfig, SparseConfig, default_lengths
 from .distillation import LABELS_PER_PIECE
 from .evals.needle import BATCH_TOKENS
-from .evals.speed import PREFILL_CHUNK_TOKENS
 from .families import context_tokens, head_counts
+from .generate import PIECE_TOKENS
 from .indexer_training import CAPTURED_PER_STEP, QUESTION_TOKENS
 
 GIB = 2**30
@@ -198,7 +198,7 @@ def _evaluate(shape: Shape, config: EvalConfig, distilled: DistillConfig) -> dic
     loss = shape.forward(text) + 2 * text * shape.hidden * e
     loss = max(loss, 2 * text * shape.hidden * e + EVALUATED_LABELS * shape.vocabulary * (2 * e + 20))
     cache = 2 * n * shape.kv_heads * shape.head_dim * e * (shape.layers + 1)
-    decode = cache + shape.forward(min(n, PREFILL_CHUNK_TOKENS))
+    decode = cache + shape.forward(min(n, PIECE_TOKENS))
     full = distilled.weights == "full"
     second = shape.parameters * e if full else 4 * shape.lora_parameters(distilled.lora_rank)
     largest = max(needles, loss if config.loss_documents else 0, decode if config.decode_tokens else 0)

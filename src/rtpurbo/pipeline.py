@@ -80,8 +80,9 @@ class SparseOptions:
     of them: faster, no longer token by token what decode selects."""
     index_dtype: IndexDtype = "auto"
     """What the cache keeps index keys in: the model's dtype (auto), or float8 (e4m3, one byte a dimension)."""
-    dense_end_tokens: int = 0
-    """Last tokens of a prompt that all heads read densely, the question as a rule; more than it has: all of it."""
+    dense_end_tokens: int = 128
+    """Last tokens of a prompt that all heads read densely, the question as a rule; more than it has: all of it (the paper:
+    0)."""
 
     def __post_init__(self) -> None:
         self.sparse(context=8192)  # the same checks, before a model is loaded
@@ -118,6 +119,7 @@ class ConvertConfig(SparseOptions):
 PAPER = ConvertConfig(
     top_p=0.9,  # section 3.2: the smallest set that holds 0.9 of the index's mass ...
     min_probability=0.0,  # ... and no other rule
+    dense_end_tokens=0,  # section 3.1: local heads read prompts as they decode
     calibrate=CalibrateConfig(
         granularity="head",  # section 3.1: query heads, one by one ...
         retrieval_ratio=0.15,  # ... the highest 15 % over the whole model ...
@@ -407,7 +409,7 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
         "retrieval_units": (None if c.threshold is not None else max(1, round(c.retrieval_ratio * units)), kept),
         "top_p": plain(config, default, "top_p", "the least probability decides alone"),
         "min_probability": plain(config, default, "min_probability", f"no query selects more than 10000 tokens; {small}"),
-        "dense_end_tokens": plain(config, default, "dense_end_tokens", "of a prompt, read by all heads"),
+        "dense_end_tokens": plain(config, default, "dense_end_tokens", f"of a prompt, read by all heads; {larger}"),
         "calibrate.lengths_tokens": (
             c.lengths_tokens or default_lengths(context, sparse),
             "asked for" if c.lengths_tokens else parts,

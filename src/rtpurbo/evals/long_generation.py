@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..cache import CACHE
+from ..generate import pieces, read
 from ..progress import track
-from . import speed
 from .fidelity import Switch, divergence, eighths, hidden_states, token_loss
 from .statistics import paired
 
@@ -48,10 +48,8 @@ def draw(logits: Tensor, uniform: Tensor, suppressed: list[int]) -> Tensor:
 def _read(model: Any, prompts: Tensor, what: str) -> tuple[DynamicCache, Tensor]:
     """The cache after prompts [B, P], and the logits [B, V] that follow them."""
     cache = DynamicCache(config=model.config)
-    pieces = prompts.to(model.device).split(speed.PREFILL_CHUNK_TOKENS, 1)
-    for piece in track(pieces, total=len(pieces), what=f"{what}: reading {prompts.shape[1]} tokens"):
-        logits = model(piece, **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
-    return cache, logits
+    parts = pieces(prompts.to(model.device))
+    return cache, read(model, parts, cache, what=f"{what}: reading {prompts.shape[1]} tokens")
 
 
 @torch.no_grad()

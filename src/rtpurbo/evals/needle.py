@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache import CACHE
 from ..progress import track
 from ..questions import RetrievalSample, retrieval_sample
 
@@ -30,35 +32,32 @@ def needle_samples(haystacks: list[Tensor], tokenizer: Any, *, kind: str, count:
 
 @torch.no_grad()
 def grade(model: Any, samples: list[RetrievalSample]) -> list[float]:
-    """Per sample (all of one length) the share of the values asked for that greedy decoding gets right.
+    """Per sample the share of the values asked for that greedy decoding gets right.
 
-    One forward pass over prompts and answers: greedy decoding writes a value exactly when every one of its tokens is the
-    most likely next token after the right ones before it.
+    The prompt is read as generation reads it, then all that follows at once: greedy decoding writes a value exactly when
+    every one of its tokens is the most likely next token after the right ones before it.
+
+    Args:
+        samples: all of one length, with prompts of one length.
     """
-    length = len(samples[0].tokens)
-    tail = length - min(s.answers[0][0] for s in samples) + 1
-    tokens = torch.stack([s.tokens for s in samples])
-    logits = model(tokens.to(model.device), logits_to_keep=tail, use_cache=False).logits
-    guess = logits.argmax(-1).cpu()  # [samples, tail]: the token after position length - tail + i
+    prompt = len(samples[0].prompt)
+    tokens = torch.stack([s.tokens for s in samples]).to(model.device)
+    read = model(tokens[:, :prompt], logits_to_keep=1, use_cache=True)
+    rest = model(tokens[:, prompt:], use_cache=True, **{CACHE: read[CACHE]}).logits
+    guess = torch.cat([read.logits, rest], 1).argmax(-1).cpu()  # [samples, ...]: the token after position prompt - 1 + i
     grades = []
     for sample, row in zip(samples, guess, strict=True):
-        right = [
-            all(row[t - 1 - (length - tail)] == sample.tokens[t] for t in range(start, stop))
-            for start, stop in sample.answers
-        ]
+        right = [all(row[t - prompt] == sample.tokens[t] for t in range(start, stop)) for start, stop in sample.answers]
         grades.append(sum(right) / len(right))
     return grades
 
 
 def grade_all(model: Any, samples: list[RetrievalSample], *, what: str) -> list[float]:
-    """`grade` of every sample, in batches of samples of one length, with progress."""
+    """`grade` of every sample, in batches of like samples, with progress."""
     budget = BATCH_TOKENS if model.device.type == "cuda" else 1
     batches: list[list[RetrievalSample]] = []
-    for sample in samples:
-        length = len(sample.tokens)
-        if batches and len(batches[-1][0].tokens) == length and (len(batches[-1]) + 1) * length <= budget:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
+    for (length, _), some in groupby(samples, lambda s: (len(s.tokens), len(s.prompt))):
+        same, size = list(some), max(1, budget // length)
+        batches += [same[at : at + size] for at in range(0, len(same), size)]
     done = track(batches, total=len(batches), what=what)
     return [g for batch in done for g in grade(model, batch)]

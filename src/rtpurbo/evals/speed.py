@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..cache import CACHE, cache_bytes
+from ..generate import pieces, read
 from ..progress import track
-
-PREFILL_CHUNK_TOKENS = 2048
 
 
 def _now(device: torch.device) -> float:
@@ -32,17 +31,14 @@ def measure_decode(model: Any, tokens: Tensor, *, new_tokens: int) -> dict[str, 
     """
     cache = DynamicCache(config=model.config)
     ids = tokens[None].to(model.device)
-    pieces = ids.split(PREFILL_CHUNK_TOKENS, 1)
-    prefill = 0.0
-    for piece in track(pieces, total=len(pieces), what=f"Timing prefill of {len(tokens)} tokens"):
-        begin = _now(model.device)
-        logits = model(piece, **{CACHE: cache}, logits_to_keep=1).logits
-        prefill += _now(model.device) - begin
+    begin = _now(model.device)
+    logits = read(model, pieces(ids), cache, what=f"Timing prefill of {len(tokens)} tokens")
+    prefill = _now(model.device) - begin
     held = cache_bytes(cache)
     times = []
     for _ in track(range(new_tokens), total=new_tokens, what=f"Timing decode after {len(tokens)} tokens"):
         begin = _now(model.device)
-        logits = model(logits[:, -1:].argmax(-1), **{CACHE: cache}, logits_to_keep=1).logits
+        logits = model(logits.argmax(-1, keepdim=True), **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
         times.append(_now(model.device) - begin)
     return {
         "length_tokens": float(ids.shape[1]),
