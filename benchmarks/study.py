@@ -4,7 +4,7 @@
 
 A cell is one question with one answer, a JSON file OUT/NAME/CELL.json with settings, environment, seconds and result. Cells
 lie in order of what they tell; what is there is kept, so a killed study goes on where it was. Several workers share them
-(and the GPU: a decode step of a small model is bound by Python). `--list` shows the cells, `--cells 'ruler/*'` chooses some.
+(and the GPUs: a small model's decode step is bound by Python). `--list` shows the cells, `--cells 'ruler/*'` chooses some.
 """
 
 from __future__ import annotations
@@ -264,9 +264,8 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
         artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
-        if method in DENSE_ENDS:
-            config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS[method])
-            artifact = dataclasses.replace(artifact, config=config)
+        config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS.get(method, 0))
+        artifact = dataclasses.replace(artifact, config=config)
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:
@@ -652,13 +651,20 @@ def main() -> None:
         return
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     command += ["--deadline", str(args.deadline)] if args.deadline else []
-    running = [subprocess.Popen(command) for _ in range(args.workers)]
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")  # which workers share evenly
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]})
+
+    running = {number: start(number) for number in range(args.workers)}
     while running:  # a worker whose cell failed is replaced; the cell stays undone
         time.sleep(0.5)
-        for process in [p for p in running if p.poll() is not None]:
-            running.remove(process)
-            if process.returncode:
-                running.append(subprocess.Popen(command))
+        for number, process in list(running.items()):
+            if process.poll() is not None:
+                del running[number]
+                if process.returncode:
+                    running[number] = start(number)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_the_papers_recipe_is_what_the_paper_says():
     }  # fmt: skip
     for part, values in said.items():
         assert got.pop(part) == default.pop(part) | values
-    assert got == default | {"top_p": 0.9, "min_probability": 0.0}
+    assert got == default | {"top_p": 0.9, "min_probability": 0.0, "dense_end_tokens": 0}
     sparse = PAPER.sparse(context=131072)
     assert (sparse.window_tokens, sparse.sink_tokens, sparse.index_dim) == (8192, 4, 16)
     assert (sparse.top_p, sparse.min_probability, sparse.tile_probability) == (0.9, 0.0, 0.0)

@@ -169,6 +169,37 @@ def check(heads, config, decode, indexed=True):
                 torch.testing.assert_close(got, torch.stack([one[-1, mine] for one in want]), atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize(("first", "gone"), [(0, []), (100, []), (100, [1, 2])])
+def test_the_end_of_a_piece_is_dense_over_what_is_there(first, gone):
+    heads, length, end = head_map("head"), max(LENGTHS), 9
+    blocks = Blocks(heads, CONFIG)
+    i, group = LENGTHS.index(length), 2
+    q, k, v, index_q, index_k = tokens(heads, CONFIG, 0)[i]
+    for name in ("full", "local"):
+        rows, mine, part, pages = blocks.part(0, name)
+        index = name == "full"
+        some = [x[0].transpose(0, 1) for x in (q[:, mine], k[:, rows], v[:, rows], index_q, index_k)]
+        paged.write(pages, blocks.slots(i, 0, length), some[1], some[2], some[4] if index else None)
+        table, there = blocks.table[i].clone(), torch.ones(length, dtype=torch.bool, device=DEVICE)
+        for page in gone if name == "local" else []:
+            table[page] = 0
+            there[page * PAGE : (page + 1) * PAGE] = False
+        ends = {}
+        for tokens_of_it in (0, end, length):
+            dense = dataclasses.replace(part, dense_end_tokens=tokens_of_it)
+            query = some[0][first:], some[3][first:] if index else None
+            ends[tokens_of_it] = paged.prefill(*query, pages, table, length, dense)
+        keys, values = (x[0, rows].repeat_interleave(group, 0) for x in (k, v))  # [H, N, D]
+        seen = there & (torch.arange(length, device=DEVICE) <= torch.arange(first, length, device=DEVICE)[:, None])
+        logits = (q[0, mine, first:].float() @ keys.float().transpose(-1, -2)) * SCALING
+        want = (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values.float()).transpose(0, 1).to(DTYPE)
+        torch.testing.assert_close(ends[end][-end:], want[-end:], atol=TOLERANCE, rtol=TOLERANCE)
+        if not gone:  # else what the window lacks is not a question of its end
+            torch.testing.assert_close(ends[length], want, atol=TOLERANCE, rtol=TOLERANCE)
+            assert torch.equal(ends[end][:-end], ends[0][:-end])
+        assert (ends[end][-end:] - ends[0][-end:]).abs().max() > 0.1
+
+
 def test_tokens_that_are_none_are_written_to_block_0():
     blocks = Blocks(head_map("group"), CONFIG)
     rows, _, _, pages = blocks.part(0, "full")

@@ -96,6 +96,32 @@ def test_chunked_prefill(model, tokens):
         assert answers(llm, asked) == want
 
 
+@pytest.mark.parametrize("tokens", [48, 37])
+def test_prompts_read_densely_in_chunks(tmp_path, tokens):
+    """However a prompt is cut: local heads keep all of it until it is read, then its sinks and window."""
+    config = dataclasses.replace(CONFIG, dense_end_tokens=CONTEXT)
+    served = exported(tmp_path, HEADS, granularity="head", config=config)
+    asked = prompts(*LENGTHS)
+    want = reference(served, asked)
+    assert want != reference(served, asked, dense_end_tokens=0)
+    with engine(served, max_num_batched_tokens=tokens, max_num_seqs=4) as llm:
+        assert answers(llm, asked) == want
+        local = [manager for manager in managers(llm) if isinstance(manager, SinkWindowManager)]
+        core = llm.llm_engine
+        from vllm import SamplingParams
+
+        core.add_request("one", {"prompt_token_ids": asked[2]}, SamplingParams(temperature=0.0, max_tokens=NEW))
+        (request,) = core.engine_core.engine_core.scheduler.requests.values()
+        steps = -(-len(asked[2]) // tokens)
+        for step in range(steps + 4):
+            core.step()
+            blocks = [manager.req_to_blocks[request.request_id] for manager in local]
+            empty = [sum(block.is_null for block in some) for some in blocks]
+            if step < steps:
+                assert empty == [0] * len(local)
+        assert min(empty) > 10
+
+
 def test_preempted_requests_resume(model):
     served, _, _ = model
     asked = prompts(150, 140, 130, 120)

@@ -109,7 +109,8 @@ class PagedImpl(AttentionImpl):
         assert part is not None
         assert place is not None
         if step is None:  # vLLM measures what a step needs beside the cache: here copies of a sequence's keys and values
-            tokens = self.context if part.full else min(self.context, max(part.windows) + len(query))
+            whole = part.full or part.dense_end_tokens
+            tokens = self.context if whole else min(self.context, max(part.windows) + len(query))
             query.new_empty(COPIES * place.rows * tokens * place.head_dim)
             return output.zero_()
         pages, dim, width = self.pages(kv_cache), place.head_dim, place.units * place.index_dim

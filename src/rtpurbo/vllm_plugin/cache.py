@@ -2,7 +2,8 @@
 
 vLLM's own sliding window frees all blocks before the window. What has to differ for the sinks' blocks: they are not freed,
 they are published for prefix caching, a hit needs them, a hit puts them into the request's table (without this one, vLLM
-would put its empty block there, and attention would silently read it), and they count in what a request needs.
+would put its empty block there, and attention would silently read it), and they count in what a request needs. Where the end
+of a prompt is read densely, all its blocks stay until it is read.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class SinkWindowManager(SlidingWindowManager):
 
     def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.sinks = sink_blocks(kv_cache_spec)
+        self.sinks, self.keeps_prompts = sink_blocks(kv_cache_spec), kv_cache_spec.keeps_prompts
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free what lies between sinks and window."""
+        """Free what lies between sinks and window, of a prompt that is kept once all of it is read."""
+        if self.keeps_prompts and processed_computed_tokens < (num_prompt_tokens or 0):
+            return
         skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
         self._remove_blocks_in_range(request_id, self.sinks, skipped)
 
@@ -107,10 +110,15 @@ class SinkWindowSpec(SlidingWindowSpec):
     """A sliding window after `sink_tokens` tokens that stay."""
 
     sink_tokens: int
+    keeps_prompts: bool = False
+    """Whether a prompt's blocks stay until all of it is read, for an end that is read densely."""
 
-    def max_admission_blocks_per_request(self, *args: Any, **kwargs: Any) -> int:
+    def max_admission_blocks_per_request(self, *args: Any, **named: Any) -> int:
         """Blocks that a request may hold at once."""
-        return super().max_admission_blocks_per_request(*args, **kwargs) + sink_blocks(self)
+        blocks = super().max_admission_blocks_per_request(*args, **named)
+        if self.keeps_prompts:
+            blocks = max(blocks, -(-named.get("max_model_len", args[-1] if args else 0) // self.block_size))
+        return blocks + sink_blocks(self)
 
     @property
     def num_retained_tokens(self) -> int:

@@ -80,6 +80,8 @@ class PageLayout:
     token_bytes: int
     """Of a block, for each of its tokens; a multiple of `element_bytes`."""
     sink_tokens: int
+    keeps_prompts: bool = False
+    """Whether local pools drop nothing of a prompt before all of it is read."""
 
     def local_blocks(self, page: int) -> int:
         """Most blocks that all local pools keep of one sequence between two steps: sinks and window, wherever it begins."""
@@ -150,7 +152,7 @@ def page_layout(
     for group in bins:
         window = max(max(heads.local_windows(layer, config.window_tokens), default=1) for layer in group)
         pools.append(pool("local", group, capacity, 0, window))
-    return PageLayout(tuple(pools), token_bytes, config.sink_tokens)
+    return PageLayout(tuple(pools), token_bytes, config.sink_tokens, config.dense_end_tokens > 0)
 
 
 def memory_rows(

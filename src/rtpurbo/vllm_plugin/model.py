@@ -72,7 +72,10 @@ class CachePool(Attention):
         shape["block_size"] = vllm_config.cache_config.block_size
         if not self.pool.window_tokens:
             return FullAttentionSpec(**shape)
-        return SinkWindowSpec(sliding_window=self.pool.window_tokens, sink_tokens=self.layout.sink_tokens, **shape)
+        return SinkWindowSpec(
+            sliding_window=self.pool.window_tokens, sink_tokens=self.layout.sink_tokens,
+            keeps_prompts=self.layout.keeps_prompts, **shape,
+        )  # fmt: skip
 
 
 class PartAttention(Attention):
