@@ -458,7 +458,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="result, written again after every row")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.chunk_tokens and args.dense_end_tokens:
+        parser.error("--dense-end-tokens takes the prompt in one piece, without --chunk-tokens")
+    return args
 
 
 def prompt_lengths(lengths: list[int], context: int, new_tokens: int, config: SparseConfig) -> list[int]:

@@ -79,9 +79,11 @@ class Study:
 
     @property
     def artifact(self) -> rtpurbo.Artifact:
-        """The artefact of the default recipe."""
+        """The artefact of the default recipe, which reads prompts sparsely to their end: a method of its own does not."""
         if "artifact" not in self.loaded:
-            self.loaded["artifact"] = rtpurbo.Artifact.load(self.folder / "artefact")
+            found = rtpurbo.Artifact.load(self.folder / "artefact")
+            config = found.config.with_options(dense_end_tokens=0)
+            self.loaded["artifact"] = dataclasses.replace(found, config=config)
         return self.loaded["artifact"]
 
     def with_least(self, probability: float) -> rtpurbo.Artifact:
@@ -264,8 +266,9 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
         artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
-        config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS.get(method, 0))
-        artifact = dataclasses.replace(artifact, config=config)
+        if method in DENSE_ENDS:
+            config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS[method])
+            artifact = dataclasses.replace(artifact, config=config)
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:

@@ -124,7 +124,7 @@ def test_convert_eval_report_info_generate_bench(tmp_path, model_dir, source, co
 
 
 def test_a_long_prompt_is_read_in_pieces(tmp_path, model_dir, converted, monkeypatch):
-    (tmp_path / "book.txt").write_text("a book about all and any city " * 20)
+    (tmp_path / "book.txt").write_text("a book about all and any city " * 40)
     command = ("generate", converted, "--prompt-file", tmp_path / "book.txt", "--max-new-tokens", 5)
     whole = run(*command)
     monkeypatch.setattr("rtpurbo.generate.PIECE_TOKENS", 37)
@@ -134,7 +134,7 @@ def test_a_long_prompt_is_read_in_pieces(tmp_path, model_dir, converted, monkeyp
     assert code == 0, err
     assert out == whole[1]
     assert len(pieces) > 2
-    assert {piece.shape[1] for piece in pieces[1:]} == {37}
+    assert {piece.shape[1] for piece in pieces[:-1]} == {37}
 
 
 def test_demo(tmp_path, model_dir, source, monkeypatch):

@@ -8,8 +8,10 @@ from transformers.generation.streamers import BaseStreamer
 from rtpurbo.attach import attached, sparsify
 from rtpurbo.cache import CACHE, SparseLayer
 from rtpurbo.checkpoint import Artifact
-from rtpurbo.generate import greedy
+from rtpurbo.evals.needle import grade
+from rtpurbo.generate import greedy, pieces, read
 from rtpurbo.models import fingerprint
+from rtpurbo.questions import RetrievalSample
 from tiny import (
     CONFIG,
     FAMILY_NAMES,
@@ -139,6 +141,40 @@ def test_prompts_read_one_by_one_and_decoded_together(family, granularity, lengt
                 assert torch.equal(model.generate(prompt[None], **GREEDY)[0, len(prompt) :], row)
     for prompt, row in zip(prompts, dense, strict=True):
         assert torch.equal(model.generate(prompt[None], **GREEDY)[0, len(prompt) :], row)
+
+
+@pytest.mark.parametrize("end", [0, 8, 16, 20, 40, 64, 100])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_prompt_in_pieces_is_one_prompt(granularity, end, monkeypatch):
+    model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
+    heads, ids = head_map(model, granularity), tokens(64, batch=2)
+    monkeypatch.setattr("rtpurbo.generate.PIECE_TOKENS", 16)
+    with attached(model, heads, CONFIG.with_options(dense_end_tokens=end), random_indexer(heads)), torch.no_grad():
+        whole, cut = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        parts = pieces(model, ids)
+        assert torch.equal(torch.cat(parts, 1), ids)
+        assert len(parts) == 1 + -(-(64 - max(16, min(end, 64))) // 16)
+        for new in (ids, tokens(1, batch=2), tokens(1, batch=2, seed=5)):
+            want = model(new, **{CACHE: whole}, logits_to_keep=1).logits[:, -1]
+            got = read(model, parts if new is ids else [new], cut)
+            torch.testing.assert_close(got, want)
+        assert not any(layer.in_prompt for layer in cut.layers)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dense_end_tokens": 10}, {"dense_end_tokens": 1000}, {"dense_below_tokens": 1000}]
+)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_what_was_generated_is_graded_right(granularity, settings):
+    """Also where a layer keeps all of its heads in full."""
+    model = shared_model(FAMILY_NAMES[0], dtype=torch.float64)
+    heads = head_map(model, granularity)
+    with attached(model, heads, CONFIG.with_options(**settings), random_indexer(heads)):
+        for seed in range(5):
+            prompt = tokens(50, seed=seed)
+            written = model.generate(prompt, max_new_tokens=12, do_sample=False)[0]
+            sample = RetrievalSample(tokens=written, answers=((50, 62),), depth=0.5, kind="single")
+            assert grade(model, [sample]) == [1.0]
 
 
 def test_decoding_together_ends_when_all_rows_have(llama, monkeypatch):

@@ -260,7 +260,7 @@ def test_dense_end(kind, granularity, monkeypatch):
                 seen = None if mask is None else mask[:, : part.stop]
                 with reading(model) if part.stop else nullcontext():
                     more = model(ids[:, part], attention_mask=seen, position_ids=at[:, part], **{CACHE: cache}).logits
-                assert cache.layers[0].is_split == (dropped or not part.stop)
+                assert {layer.in_prompt for layer in cache.layers} == {bool(part.stop) and not dropped}
         assert_same(more[real[:, cut:]], (got if some else sparse)[:, cut:][real[:, cut:]])
 
     assert_same(run([1], dense_end_tokens=end)[real], run([1])[real])  # a single token is no prompt

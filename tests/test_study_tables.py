@@ -223,6 +223,20 @@ def test_collect_gathers_what_the_tables_read(tmp_path):
     assert "| niah_single_2 | 8 | 4000 | 100.0% | 100.0% | 1.000 | +0.0% to +0.0% |" in tables.everything(read)
 
 
+def test_the_summary_and_the_recipes_show_a_model_as_it_reads(monkeypatch):
+    scores = {"dense": (1.0, 0.0) * 10, "sparse": (0.0, 0.0) * 10, "dense_end": (1.0, 1.0) * 10}
+    cells = {f"ruler/16384/t/{method}": score(*values) for method, values in scores.items()}
+    first = next(iter(tables.MODELS))
+    monkeypatch.setattr(tables, "load", lambda name: found(**cells) if name == first else None)
+    for read, shown in (({}, "0.0%"), ({first: "dense_end"}, "100.0%")):
+        monkeypatch.setattr(tables, "READ", read)
+        assert (
+            tables.summary().splitlines()[2].startswith(f"| {'**t**' if not read else 't'} | 20 | 4000 | 50.0% | {shown} |")
+        )
+        (row,) = tables.recipes().splitlines()[2:]
+        assert f"| 1 | 50.0% | {shown} |" in row
+
+
 def test_the_summary_has_averages_and_what_is_beyond_chance(monkeypatch):
     cells = {
         f"ruler/100/{task}/{method}": score(*values)

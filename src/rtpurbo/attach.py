@@ -218,6 +218,11 @@ def reading(model: nn.Module) -> Iterator[None]:
             state.reading = False
 
 
+def dense_end_tokens(model: nn.Module) -> int:
+    """Last tokens of a prompt that all heads of this model read densely; 0 for a dense model."""
+    return max((state.config.dense_end_tokens for state in _states(model)), default=0)
+
+
 def _states(model: nn.Module) -> list[LayerState]:
     return [m.__dict__["rtpurbo"] for m in model.modules() if "rtpurbo" in m.__dict__]
 

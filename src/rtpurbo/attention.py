@@ -146,8 +146,9 @@ def sparse_forward(
     below = length < state.config.dense_below_tokens
     short = length <= min(state.windows) + state.config.sink_tokens
     end = state.config.dense_end_tokens if layer is not None else 0  # a document without a cache is no prompt
-    prompt = q.shape[2] > 1 and (layer is None or not layer.is_split)  # of which nothing is dropped yet
-    view, whole_prefill, goes_on = None, prompt and (below or length <= end), bool(end) and state.reading
+    prompt = q.shape[2] > 1 and (layer is None or layer.in_prompt)  # of which nothing is dropped yet
+    goes_on = bool(end) and state.reading
+    view, whole_prefill = None, prompt and (below or (length <= end and not goes_on))
     if short or whole_prefill or (not state.local and not selects):
         k_all, v_all = layer.all_heads() if layer is not None else (k, v)
         if short or (real is None and q.shape[2] in (1, length)):  # a small mask or none

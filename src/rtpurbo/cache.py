@@ -111,6 +111,8 @@ class SparseLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the layer."""
         self._length = 0
+        self.in_prompt = True
+        """Whether all so far may belong to one prompt that is still read: `drop` was not due yet."""
         self._buffers: dict[str, TokenBuffer] = {}
         self._sinks: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, slots; set when the layer splits
         self.is_initialized = False
@@ -173,7 +175,10 @@ class SparseLayer(CacheLayerMixin):
 
     def drop(self, real: Tensor | None, view: KeyValues | None = None) -> None:
         """Forget what local KV heads cannot see any more; called after each attention, with what it read if at hand."""
-        if self._length <= self.window_tokens + self.sink_tokens or not self.local_heads:
+        if self._length <= self.window_tokens + self.sink_tokens:
+            return
+        self.in_prompt = False
+        if not self.local_heads:
             return
         if not self.is_split:
             self._split(view or self.view(real))

@@ -362,7 +362,7 @@ def stream(
         )
     tokens = torch.tensor([ids], device=model.device)
     cache = DynamicCache(config=model.config)
-    parts = pieces(tokens)
+    parts = pieces(model, tokens)
     if len(parts) > 1:  # long enough to wait for; `generate` reads the last one
         read(model, parts[:-1], cache, what=f"Reading {len(ids)} tokens", goes_on=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

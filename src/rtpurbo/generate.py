@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attach import attach, reading, with_adapter
+from .attach import attach, dense_end_tokens, reading, with_adapter
 from .cache import CACHE, join
 from .checkpoint import Artifact, check_digest, check_fingerprint
 from .config import IndexDtype
@@ -104,21 +104,22 @@ PIECE_TOKENS = 2048
 """Of a long prompt that is read piece by piece."""
 
 
-def pieces(tokens: Tensor) -> list[Tensor]:
-    """Prompts [B, N] in pieces of PIECE_TOKENS; the first may be shorter: the last holds the end that is read densely."""
-    first = (tokens.shape[1] - 1) % PIECE_TOKENS + 1
-    return [tokens[:, :first], *tokens[:, first:].split(PIECE_TOKENS, 1)] if tokens.shape[1] > first else [tokens]
+def pieces(model: Any, tokens: Tensor) -> list[Tensor]:
+    """Prompts [B, N] in pieces of PIECE_TOKENS; the last one has all that the model reads densely (`dense_end_tokens`)."""
+    first = max(0, tokens.shape[1] - max(PIECE_TOKENS, dense_end_tokens(model)))
+    return [*(tokens[:, :first].split(PIECE_TOKENS, 1) if first else ()), tokens[:, first:]]
 
 
 @torch.no_grad()
-def read(model: Any, parts: list[Tensor], cache: DynamicCache, *, what: str, goes_on: bool = False) -> Tensor:
-    """Read prompts piece by piece, with progress: the logits [B, V] after their last token.
+def read(model: Any, parts: list[Tensor], cache: DynamicCache, *, what: str | None = None, goes_on: bool = False) -> Tensor:
+    """Read prompts piece by piece: the logits [B, V] after their last token.
 
     Args:
         parts: [B, n] int64 each, on the model's device; see `pieces`.
+        what: named in a line of progress; None: no line.
         goes_on: whether the prompts have more than these parts.
     """
-    for at, part in enumerate(track(parts, total=len(parts), what=what)):
+    for at, part in enumerate(parts if what is None else track(parts, total=len(parts), what=what)):
         with reading(model) if goes_on or at + 1 < len(parts) else nullcontext():
             logits = model(part, **{CACHE: cache}, logits_to_keep=1).logits
     return logits[:, -1]

@@ -86,6 +86,15 @@ class Shape:
         """One layer without gradients: 9 h + 6 f bytes a token, of which MLP 6 f: three times f in 2 bytes."""
         return self.layer(tokens, 9, 6) * self.element_bytes // 2
 
+    def cache(self, tokens: int) -> int:
+        """A dense cache, 2 N Hkv D e per layer, and one layer's once more while it grows."""
+        return 2 * tokens * self.kv_heads * self.head_dim * self.element_bytes * (self.layers + 1)
+
+    def needles(self, lengths: tuple[int, ...]) -> int:
+        """Needle questions of these lengths: the caches of a batch, and a forward pass over a piece of its prompts."""
+        batches = [(n, max(1, BATCH_TOKENS // n)) for n in lengths]
+        return max(self.cache(n * count) + self.forward(min(n, PIECE_TOKENS) * count) for n, count in batches)
+
 
 def memory(shape: Shape, config: Any, *, gpu_bytes: int = 0) -> dict[str, dict[str, float]]:
     """GiB at the peak of every stage, term by term.
@@ -127,7 +136,7 @@ def _calibrate(shape: Shape, config: CalibrateConfig, sparse: SparseConfig) -> d
     rows = 12 * shape.query_heads * ROWS * n + 4 * shape.kv_heads * shape.head_dim * n + 12 * shape.width * n
     gates = config.scoring == "gates"
     layer = shape.layer(n, 25, 13) * shape.element_bytes // 2 if gates else shape.forward(n)
-    checked = shape.forward(max(n, BATCH_TOKENS))  # needle questions, no gradients
+    checked = shape.needles(lengths)
     per_logit = 2 * shape.element_bytes + 20 if gates else shape.element_bytes
     logits = (TEXT_POSITIONS + ANSWER_POSITIONS) * shape.vocabulary * per_logit
     held = shape.layers * n * shape.hidden * shape.element_bytes if gates else 0
@@ -185,20 +194,19 @@ def _distill(shape: Shape, config: DistillConfig) -> dict[str, int]:
 def _evaluate(shape: Shape, config: EvalConfig, distilled: DistillConfig) -> dict[str, int]:
     """No gradients; the larger one of
 
-    - needles: one layer's forward pass over 16384 tokens or one document;
+    - needles: the dense cache of one document, or of as many as have 16384 tokens together, and a forward pass over a piece
+      of them;
     - loss: both models' last hidden states and 1024 labels, twice in e bytes and five times in float32;
-    - decode: the dense cache of the longest prompt, 2 N Hkv D e per layer, one layer's once more while it grows, and a
-      forward pass over a piece of the prompt.
+    - decode: the dense cache of the longest prompt, and a forward pass over a piece of it.
 
     "distilled" is the adapter (float32), or the second model where all weights were trained.
     """
     n, e = max(config.lengths_tokens), shape.element_bytes
-    needles = shape.forward(max(n, BATCH_TOKENS))
+    needles = shape.needles(config.lengths_tokens)
     text = config.loss_length_tokens or n
     loss = shape.forward(text) + 2 * text * shape.hidden * e
     loss = max(loss, 2 * text * shape.hidden * e + EVALUATED_LABELS * shape.vocabulary * (2 * e + 20))
-    cache = 2 * n * shape.kv_heads * shape.head_dim * e * (shape.layers + 1)
-    decode = cache + shape.forward(min(n, PIECE_TOKENS))
+    decode = shape.cache(n) + shape.forward(min(n, PIECE_TOKENS))
     full = distilled.weights == "full"
     second = shape.parameters * e if full else 4 * shape.lora_parameters(distilled.lora_rank)
     largest = max(needles, loss if config.loss_documents else 0, decode if config.decode_tokens else 0)

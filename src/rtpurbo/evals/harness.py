@@ -62,7 +62,8 @@ def _installed() -> Any:
 
 
 def _model(model: Any, tokenizer: Any, config: EvalConfig, context: int) -> Any:
-    """The harness's own wrapper of a model, but greedy generation reads prompts one by one and decodes them together."""
+    """The harness's own wrapper of a model, but greedy generation reads prompts one by one and decodes them together, and
+    log-likelihoods are those of documents."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils_hf import stop_sequences_criteria
 
@@ -76,6 +77,10 @@ def _model(model: Any, tokenizer: Any, config: EvalConfig, context: int) -> Any:
             stopped = stop_sequences_criteria(self.tokenizer, stop, 0, len(prompts))
             new = greedy(self.model, prompts, room, finished=lambda new: bool(stopped(new, None).all()))
             return torch.cat([context.cpu(), new], 1)
+
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            with torch.no_grad():  # texts padded on the right are no prompts: without a cache
+                return self.model(inps, use_cache=False).logits
 
     return Batched(pretrained=model, tokenizer=tokenizer, batch_size=config.task_batch, max_length=context)
 

@@ -48,7 +48,7 @@ def draw(logits: Tensor, uniform: Tensor, suppressed: list[int]) -> Tensor:
 def _read(model: Any, prompts: Tensor, what: str) -> tuple[DynamicCache, Tensor]:
     """The cache after prompts [B, P], and the logits [B, V] that follow them."""
     cache = DynamicCache(config=model.config)
-    parts = pieces(prompts.to(model.device))
+    parts = pieces(model, prompts.to(model.device))
     return cache, read(model, parts, cache, what=f"{what}: reading {prompts.shape[1]} tokens")
 
 

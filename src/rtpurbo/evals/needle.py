@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..cache import CACHE
+from ..generate import pieces, read
 from ..progress import track
 from ..questions import RetrievalSample, retrieval_sample
 
@@ -34,17 +36,19 @@ def needle_samples(haystacks: list[Tensor], tokenizer: Any, *, kind: str, count:
 def grade(model: Any, samples: list[RetrievalSample]) -> list[float]:
     """Per sample the share of the values asked for that greedy decoding gets right.
 
-    The prompt is read as generation reads it, then all that follows at once: greedy decoding writes a value exactly when
-    every one of its tokens is the most likely next token after the right ones before it.
+    The prompt is read as generation reads it, its first new token by itself, which ends the prompt, and then the rest at
+    once: greedy decoding writes a value exactly when every one of its tokens is the most likely next token after the right
+    ones before it.
 
     Args:
         samples: all of one length, with prompts of one length.
     """
     prompt = len(samples[0].prompt)
     tokens = torch.stack([s.tokens for s in samples]).to(model.device)
-    read = model(tokens[:, :prompt], logits_to_keep=1, use_cache=True)
-    rest = model(tokens[:, prompt:], use_cache=True, **{CACHE: read[CACHE]}).logits
-    guess = torch.cat([read.logits, rest], 1).argmax(-1).cpu()  # [samples, ...]: the token after position prompt - 1 + i
+    cache = DynamicCache(config=model.config)
+    logits = [read(model, pieces(model, tokens[:, :prompt]), cache)[:, None]]
+    logits += [model(part, **{CACHE: cache}).logits for part in tokens[:, prompt:].tensor_split([1], 1) if part.shape[1]]
+    guess = torch.cat(logits, 1).argmax(-1).cpu()  # [samples, ...]: the token after position prompt - 1 + i
     grades = []
     for sample, row in zip(samples, guess, strict=True):
         right = [all(row[t - prompt] == sample.tokens[t] for t in range(start, stop)) for start, stop in sample.answers]

@@ -32,7 +32,7 @@ def measure_decode(model: Any, tokens: Tensor, *, new_tokens: int) -> dict[str, 
     cache = DynamicCache(config=model.config)
     ids = tokens[None].to(model.device)
     begin = _now(model.device)
-    logits = read(model, pieces(ids), cache, what=f"Timing prefill of {len(tokens)} tokens")
+    logits = read(model, pieces(model, ids), cache, what=f"Timing prefill of {len(tokens)} tokens")
     prefill = _now(model.device) - begin
     held = cache_bytes(cache)
     times = []

@@ -48,7 +48,7 @@ class Part:
     min_probability: float = 0.0
     tile_probability: float = 0.0
     dense_end_tokens: int = 0
-    """Last tokens of every piece of a prompt that attend to all that is still there: so the prompt's own, however cut."""
+    """Last tokens of every piece of a prompt, of two tokens or more, that attend densely to all that is still there."""
 
 
 def write(pages: Pages, slots: Tensor, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
@@ -185,6 +185,6 @@ def prefill(q: Tensor, index_q: Tensor | None, pages: Pages, table: Tensor, leng
         if not part.full:
             every = torch.arange(length, device=q.device)[None]
             real = table[every // pages.k.shape[1]] != 0  # page 0 stands for what the cache of an earlier prompt lacks
-            k, v = (gather(x, table[None], every).masked_fill(~real[:, None, :, None], 0) for x in (pages.k, pages.v))
+            k, v = (gather(x, table[None], every).masked_fill_(~real[:, None, :, None], 0) for x in (pages.k, pages.v))
         out[:, :, -last.shape[2] :] = dense_attention(last, k, v, scaling=part.scaling, real=real)
     return out[0].transpose(0, 1)

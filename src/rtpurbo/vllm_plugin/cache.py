@@ -115,10 +115,9 @@ class SinkWindowSpec(SlidingWindowSpec):
 
     def max_admission_blocks_per_request(self, *args: Any, **named: Any) -> int:
         """Blocks that a request may hold at once."""
-        blocks = super().max_admission_blocks_per_request(*args, **named)
-        if self.keeps_prompts:
-            blocks = max(blocks, -(-named.get("max_model_len", args[-1] if args else 0) // self.block_size))
-        return blocks + sink_blocks(self)
+        blocks = super().max_admission_blocks_per_request(*args, **named) + sink_blocks(self)
+        longest = named["max_model_len"] if "max_model_len" in named else args[-1]
+        return max(blocks, -(-longest // self.block_size)) if self.keeps_prompts else blocks
 
     @property
     def num_retained_tokens(self) -> int:

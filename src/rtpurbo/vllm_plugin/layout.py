@@ -84,12 +84,12 @@ class PageLayout:
     """Whether local pools drop nothing of a prompt before all of it is read."""
 
     def local_blocks(self, page: int) -> int:
-        """Most blocks that all local pools keep of one sequence between two steps: sinks and window, wherever it begins."""
+        """Most blocks that all local pools keep of one sequence once its prompt is read: sinks and window, wherever it begins."""
         sinks = -(-self.sink_tokens // page)
         return sum(sinks + -(-(pool.window_tokens - 1) // page) + 1 for pool in self.pools if pool.window_tokens)
 
     def bytes_of(self, tokens: int, page: int) -> int:
-        """Cache of a sequence in one process, at most: whole blocks of all pools."""
+        """Cache of a sequence in one process once its prompt is read, at most: whole blocks of all pools."""
         every = -(-tokens // page)
         local = sum(1 for pool in self.pools if pool.window_tokens)
         blocks = min(local * every, self.local_blocks(page)) + every * (len(self.pools) - local)
