@@ -84,7 +84,7 @@ class PageLayout:
     """Whether local pools drop nothing of a prompt before all of it is read."""
 
     def local_blocks(self, page: int) -> int:
-        """Most blocks that all local pools keep of one sequence once its prompt is read: sinks and window, wherever it begins."""
+        """Most blocks that all local pools keep of a sequence whose prompt is read: sinks and window, wherever it begins."""
         sinks = -(-self.sink_tokens // page)
         return sum(sinks + -(-(pool.window_tokens - 1) // page) + 1 for pool in self.pools if pool.window_tokens)
 
