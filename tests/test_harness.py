@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rtpurbo.config import EvalConfig
+from rtpurbo.evals import harness
 from rtpurbo.evals.compare import both
 from rtpurbo.evals.harness import run_tasks
 from tiny_text import FILLERS, artifact_for, copy_model, random_model, word_tokenizer
@@ -141,6 +142,19 @@ def test_a_sparse_model_that_retrieves_recovers_all(model, tasks):
     found = by_metric(run(model, config(tasks / "generate.yaml", limit=3)))
     assert found["tiny_recall", "200"]["recovery"] == 1.0
     assert found["tiny_recall", "200"]["difference_95"] == [0.0, 0.0]
+
+
+@torch.no_grad()
+def test_padding_changes_no_log_likelihood(model):
+    """Shorter texts of a batch are padded on the right, so their end is not the batch's: none is read densely."""
+    made = artifact_for(model, ((1,), ()))
+    made = dataclasses.replace(made, config=made.config.with_options(dense_end_tokens=20))
+    text = torch.randint(3, 40, (1, 150), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([text, torch.zeros(1, 20, dtype=torch.long)], 1)
+    with both(model, made) as switch, switch("sparse") as ready:
+        lm = harness._model(ready, word_tokenizer(), config(), CONTEXT)
+        torch.testing.assert_close(lm._model_call(padded)[:, :150], lm._model_call(text))
+        assert (ready(padded).logits[:, :150] - ready(text).logits).abs().max() > 0.1  # where there is a cache, it would
 
 
 def test_prompt_lengths_are_real_tokens(recall):
