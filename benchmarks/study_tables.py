@@ -67,10 +67,7 @@ RECIPES = {
 }
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
 CONVERSIONS = {
-    (
-        "study_qwen25_coder_05b_32k",
-        "dense_end",
-    ): "window 4096, half of the layers, 300 x 2 of 32K, the last 128 tokens dense",
+    ("study_qwen25_coder_05b_32k", "dense_end"): "window 4096, half of the layers, 300 x 2 of 32K, last 128 tokens dense",
     ("study_qwen25_coder_05b_first_half", "sparse"): "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
     ("study_qwen25_coder_05b_window_4096", "sparse"): "window 4096, all layers, 500 x 4 at 3e-4",
     ("study_qwen25_coder_05b", "sparse"): "window 2048, all layers, 400 x 2 at 5e-4",
