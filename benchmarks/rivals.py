@@ -121,7 +121,8 @@ def rival(
     Args:
         budget_tokens: what a KV head may read in a decode step, in tokens (see `budget_for`); for `top_k` the far tokens
             that a query selects; ignored by `razor`.
-        heads, config: roles, window and sinks of `razor` and `top_k`. What `config` says about selection is not used.
+        heads, config: roles, window and sinks of `razor` and `top_k`. What `config` says about selection is not used; the
+            last `dense_end_tokens` of a prompt are read densely by `razor` and `window` too.
         indexer: of `top_k`, modules or tensors as `attach` takes them.
 
     Yields:
@@ -136,7 +137,9 @@ def rival(
     if method == "snapkv" and budget_tokens <= OBSERVATION_TOKENS:
         raise ValueError(f"snapkv needs a budget of more than {OBSERVATION_TOKENS} tokens, got {budget_tokens}.")
     if method == "window":
-        config = SparseConfig(window_tokens=budget_tokens - SINK_TOKENS, sink_tokens=SINK_TOKENS)
+        end = config.dense_end_tokens if config is not None else 0
+        near = {"window_tokens": budget_tokens - SINK_TOKENS, "sink_tokens": SINK_TOKENS}
+        config = SparseConfig(**near, dense_end_tokens=end)
     if method not in ("razor", "top_k"):
         layers, query_heads, kv_heads, _ = head_counts(model)
         which = list(attention_layers(model))

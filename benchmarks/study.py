@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from environment import environment
-from rivals import METHODS as RIVALS
 from rivals import budget_for, rival
 from transformers import AutoTokenizer
 
@@ -49,15 +48,17 @@ TASKS = (
 """RULER's thirteen, the telling ones first."""
 DENSE_ENDS = {"dense_end": 128, "dense_end_2048": 2048, "dense_prefill": 10**9}
 """Last tokens of a prompt that the sparse model reads densely: the question, or all, as rivals do that choose in decode."""
-OURS = ("dense", "sparse", "stage1", *DENSE_ENDS)
+ENDED = {f"{name}_end": name for name in ("stage1", "razor", "window")}
+"""Name -> what else reads prompts sparsely, here with the end read densely as `dense_end` does."""
+OURS = ("dense", "sparse", "stage1", "stage1_end", *DENSE_ENDS)
 READ_TASKS = ("ruler_vt", "ruler_cwe", "ruler_fwe")
 """Tasks that lose what all heads find while they read."""
 CURVE_TASKS = TASKS[:4]
 LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
 CURVE = (
-    *(f"sparse@{least}" for least in LEAST),
-    *(f"{method}@{times:g}" for method in RIVALS if method != "razor" for times in (0.5, 2)),
+    *(f"dense_end@{least}" for least in LEAST),
+    *(f"{method}@{times:g}" for method in ("window_end", "quest", "snapkv", "top_k") for times in (0.5, 2)),
 )
 """METHOD@SETTING, more points of quality against bytes: our least probability, a rival's budget over that of equal bytes."""
 
@@ -164,8 +165,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         found += ruler(length, ("dense", "sparse", "dense_end"))
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
-    found += ruler(middle, ("dense_prefill", "stage1", *RIVALS))
+    found += ruler(middle, (*ENDED, "quest", "snapkv"))
+    found += ruler(middle, ("dense_prefill", "stage1", "razor", "window"))
     found += [Cell("selected", partial(selected, length=middle), ("convert",)), *ruler(middle, CURVE, CURVE_TASKS)]
+    found += ruler(middle, ("top_k",))
     for length in order:
         found += ruler(length, ("dense_end_2048",), READ_TASKS)
     for length in order[1:]:
@@ -260,22 +263,23 @@ def running(study: Study, method: str, length: int) -> Iterator[tuple[Any, Any]]
     """The model running one method (METHOD or METHOD@SETTING), and what its decode steps read (rivals only)."""
     model, _ = study.model
     method, _, setting = method.partition("@")
+    end = DENSE_ENDS["dense_end"] if method in ENDED else DENSE_ENDS.get(method, 0)
+    method = ENDED.get(method, method)
     if method == "dense":
         yield model, None
     elif method in OURS:
         artifact = study.with_least(float(setting)) if setting else study.artifact
         if method == "stage1":
             artifact = dataclasses.replace(artifact, weights_kind=None, weights_path=None)
-        if method in DENSE_ENDS:
-            config = artifact.config.with_options(dense_end_tokens=DENSE_ENDS[method])
-            artifact = dataclasses.replace(artifact, config=config)
+        artifact = dataclasses.replace(artifact, config=artifact.config.with_options(dense_end_tokens=end))
         with both(model, artifact) as switch, switch("sparse") as ready:
             yield ready, None
     else:
         artifact, far = study.artifact, study.far_ratio(length)
         head_dim = artifact.base_model["head_dim"]
         budget = round(budget_for(method, artifact.heads, artifact.config, length, far, head_dim) * float(setting or 1))
-        chosen = {"heads": artifact.heads, "indexer": artifact.indexer, "config": artifact.config}
+        config = artifact.config.with_options(dense_end_tokens=end)
+        chosen = {"heads": artifact.heads, "indexer": artifact.indexer, "config": config}
         with rival(model, method, budget_tokens=budget, **chosen) as reads:
             yield model, reads
 

@@ -77,7 +77,7 @@ TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
 READS = ("sparse", *DENSE_ENDS)
 """The sparse model, by how it reads a prompt."""
-METHODS = ("dense", *READS, "stage1", "razor", "top_k", "quest", "snapkv", "window")
+METHODS = ("dense", *READS, "stage1", "stage1_end", "razor", "razor_end", "top_k", "quest", "snapkv", "window", "window_end")
 AVERAGED = 10
 """Tasks of RULER that an average stands for what was aimed at, at least."""
 NEEDED = 0.95
@@ -246,7 +246,7 @@ def compared(found: Found) -> Found | None:
     def common(methods: list[str]) -> list[str]:
         return [task for task, at in some.items() if all(method in at for method in methods)]
 
-    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", "sparse"), -ran[m]))
+    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", our_reading(some)), -ran[m]))
     methods = max((order[: n + 1] for n in range(len(order))), key=lambda part: len(part) * len(common(part)), default=[])
     budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
     methods = [*budgets] if common([*budgets]) else methods
@@ -270,6 +270,11 @@ def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
     return length, cells[length]
 
 
+def our_reading(some: dict[str, dict[str, Found]]) -> str:
+    """How the sparse model that rivals are compared with reads prompts: as it does by default, where that ran."""
+    return max(("dense_end", "sparse"), key=lambda method: sum(method in at for at in some.values()))
+
+
 def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> float | None:
     """Cache bytes of a decode step over the dense model's: the mean over a method's results; None when unknown."""
     name, _, setting = method.partition("@")
@@ -285,7 +290,8 @@ def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> fl
 def rivals(found: Found) -> str:
     """All methods at one length, each on its own tasks; "" when there is none but dense and sparse."""
     length, some = rivals_length(found)
-    ran = {method: [task for task, at in some.items() if method in at and "sparse" in at] for method in METHODS}
+    reading = our_reading(some)
+    ran = {method: [task for task, at in some.items() if method in at and reading in at] for method in METHODS}
     ran = {method: tasks for method, tasks in ran.items() if tasks}
     shown = [task for task in some if any(task in tasks for method, tasks in ran.items() if method not in ("dense", *READS))]
     if not shown:
@@ -294,16 +300,16 @@ def rivals(found: Found) -> str:
     for method, tasks in ran.items():
         asked = [task for task in tasks if task in shown]
         cells = [some[task][method] for task in asked]
-        own, ours = [cell["scores"] for cell in cells], [some[task]["sparse"]["scores"] for task in asked]
+        own, ours = [cell["scores"] for cell in cells], [some[task][reading]["scores"] for task in asked]
         row = [method, str(len(asked)), f"{average(own):.1%}", f"{average(ours):.1%}"]
         low, high = average_interval(list(zip(ours, own, strict=True)))
-        row.append("–" if method == "sparse" else f"{average(own) - average(ours):+.1%} ({low:+.1%} to {high:+.1%})")
+        row.append("–" if method == reading else f"{average(own) - average(ours):+.1%} ({low:+.1%} to {high:+.1%})")
         row.append(show(bytes_read(found, length, method, cells), ".3f"))
         rows.append([*row, *(f"{mean(some[task][method]['scores']):.1%}" if task in asked else "–" for task in shown)])
-    header = [f"RULER, {length} tokens", "tasks", "average", "sparse on these", "difference", "bytes read", *shown]
+    header = [f"RULER, {length} tokens", "tasks", "average", f"{reading} on these", "difference", "bytes read", *shown]
     return (
         table(header, rows) + "\n\nThe same prompts for every method. Bytes read: cache bytes of a decode step over the "
-        "dense model's, measured, for sparse by arithmetic from the measured share of far tokens."
+        "dense model's, measured, for our own by arithmetic from the measured share of far tokens."
     )
 
 
@@ -554,7 +560,7 @@ def points(found: Found | None) -> tuple[int, dict[str, list[tuple[float, float]
 def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
     """RULER average against bytes read, a panel for each model with rivals: `found`, by default the files; else None."""
     found = {label: load(name) for name, label in MODELS.items()} if found is None else found
-    panels = {name: at for name, some in found.items() if set((at := points(some))[1]) - {"dense", "sparse"}}
+    panels = {name: at for name, some in found.items() if set((at := points(some))[1]) - {"dense", *READS}}
     if not panels:
         return None
     parts = [
@@ -578,13 +584,13 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
         text(left + 160, 370, "bytes read by a decode step over the dense model's", "middle")
         taken: list[tuple[float, float]] = []
         for method, places in sorted(at.items(), key=lambda item: -item[1][-1][1]):
-            colour = "#e0702a" if method == "sparse" else "#3b8ed0"
+            colour = "#e0702a" if method in READS else "#3b8ed0"
             drawn = [(left + 10 + 300 * ratio, 330 - 280 * score) for ratio, score in places]
             line = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
             parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
             x, y = drawn[-1]
-            if method == "sparse":  # left of its point, where no other label is
+            if method in READS:  # left of its point, where no other label is
                 text(x - 8, y + 4, method, "end", colour)
                 continue
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down

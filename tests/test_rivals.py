@@ -68,6 +68,24 @@ def test_with_a_small_budget_it_is_not(method):
     assert 0.1 < ratio < 0.9
 
 
+@pytest.mark.parametrize("method", ["razor", "window"])
+def test_the_end_of_a_prompt_may_be_read_densely(method):
+    """All of it: prefill is dense then. A part: its rows change. Decode reads no more."""
+    model = shared_model("qwen3")
+    heads, want = head_map(model, "group"), logits(model, tokens(PROMPT + STEPS), chunks=CHUNKS)
+    found = {}
+    for end in (0, 10, PROMPT):
+        config = dataclasses.replace(CONFIG, dense_end_tokens=end)
+        with rival(model, method, budget_tokens=NEAR, heads=heads, config=config) as reads:
+            found[end] = logits(model, tokens(PROMPT + STEPS), chunks=CHUNKS), reads.bytes_ratio
+    assert_same(found[PROMPT][0][:, :PROMPT], want[:, :PROMPT])
+    assert_same(found[10][0][:, : PROMPT - 10], found[0][0][:, : PROMPT - 10])
+    for end, rows in ((10, slice(PROMPT - 10, PROMPT)), (PROMPT, slice(NEAR, PROMPT))):
+        assert (found[end][0] - found[0][0])[:, rows].abs().amax((0, 2)).min() > 1e-4
+    assert (found[PROMPT][0] - want)[:, PROMPT:].abs().amax((0, 2)).min() > 1e-4
+    assert len({ratio for _, ratio in found.values()}) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_given_back(method):
     model = shared_model("gemma3_text")

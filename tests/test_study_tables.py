@@ -134,6 +134,20 @@ def test_sparse_reads_what_fidelity_measured():
     assert (tasks, points) == (2, {"dense": [(1.0, 1.0)], "sparse": [(ratio, 0.75)]})
 
 
+def test_rivals_are_compared_with_the_default_way_of_reading():
+    cells = {
+        f"ruler/4096/a/{method}": score(*values)
+        for method, values in (("dense", [1, 1]), ("sparse", [0, 0]), ("dense_end", [1, 1]), ("razor_end", [1, 0]))
+    }
+    assert tables.rivals(found(**cells)).splitlines()[::2] == [
+        "| RULER, 4096 tokens | tasks | average | dense_end on these | difference | bytes read | a |",
+        "| dense | 1 | 100.0% | 100.0% | +0.0% (+0.0% to +0.0%) | 1.000 | 100.0% |",
+        "| dense_end | 1 | 100.0% | 100.0% | – | – | 100.0% |",
+        "",
+    ]
+    assert "| razor_end | 1 | 50.0% | 100.0% | -50.0% (-100.0% to +0.0%) | – | 50.0% |" in tables.rivals(found(**cells))
+
+
 def test_other_budgets_are_points_of_one_line():
     """On the tasks that were run with them; the table of rivals has none of them, and more tasks."""
     cells = {
