@@ -1,5 +1,6 @@
 """The plugin itself: harmless to others, and refusing by name what it cannot do."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from rtpurbo import vllm_plugin
+from rtpurbo.ops import paged
 from rtpurbo.vllm_plugin import compat
 from rtpurbo.vllm_plugin.cache import SinkWindowManager, SinkWindowSpec
 from rtpurbo.vllm_plugin.check import check_vllm
@@ -141,6 +143,7 @@ def test_the_doctor_serves_a_model():
     found = check_vllm()
     assert found["vllm_passed"]
     assert float(found["vllm_largest_error"].split()[0]) < 1e-4
+    assert float(found["vllm_dense_end_largest_error"].split()[0]) < 1e-4
     assert found["vllm_prefix_caching"] == "has the hooks that it needs"
 
 
@@ -148,3 +151,11 @@ def test_the_doctor_notices_other_tokens(monkeypatch):
     """Where sinks get lost in a hit, the second answers differ."""
     monkeypatch.delattr(SinkWindowManager, "add_local_computed_blocks")
     assert not check_vllm()["vllm_passed"]
+
+
+def test_the_doctor_notices_an_end_that_is_read_sparsely(monkeypatch):
+    right = paged.prefill
+    monkeypatch.setattr(paged, "prefill", lambda *a: right(*a[:-1], dataclasses.replace(a[-1], dense_end_tokens=0)))
+    found = check_vllm()
+    assert not found["vllm_passed"]
+    assert float(found["vllm_largest_error"].split()[0]) < 1e-4 < float(found["vllm_dense_end_largest_error"].split()[0])

@@ -1,11 +1,13 @@
 """A first check on a user's machine: a tiny random model, served by the vLLM that is installed, against Transformers.
 
 vLLM continues prompts of several lengths, all in one batch, then once more with its prefix cache. Transformers reads each
-prompt with vLLM's continuation, and both must give the continuation's tokens the same probabilities.
+prompt with vLLM's continuation, and both must give the continuation's tokens the same probabilities. Then the same for
+prompts whose end all heads read, without the prefix cache, of which such an end would see only what it keeps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import tempfile
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from ..cache import CACHE
 from ..checkpoint import Artifact
 from ..config import SparseConfig
 from ..heads import HeadMap
@@ -21,8 +25,10 @@ from ..indexer import make_indexer
 from . import compat
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
-"""Largest difference of log-probabilities that passes, in nats; sparse and dense attention must be further apart."""
+"""Largest difference of log-probabilities that passes, in nats; what the model must not be taken for is further away."""
 LENGTHS, NEW, VOCABULARY = (17, 200, 333, 41), 16, 128
+DENSE_END = 24
+"""Last tokens of a prompt that all heads read in the second comparison."""
 SPARSE = SparseConfig(window_tokens=40, sink_tokens=4, index_dim=16, top_p=1.0, min_probability=0.01)
 
 
@@ -42,13 +48,21 @@ def check_vllm() -> dict[str, Any]:
 
     names = ["float32", "bfloat16"] if torch.cuda.is_available() else ["float32"]
     rows = {name: _compare(name) for name in names}
-    passed = all(row["error"] < TOLERANCE[name] < row["dense"] and row["hits"] > 0 for name, row in rows.items())
+    ends = {name: _compare(name, DENSE_END) for name in names}
+    passed = all(row["error"] < TOLERANCE[name] < row["other"] for each in (rows, ends) for name, row in each.items())
+    passed = passed and all(row["hits"] > 0 for row in rows.values())
+
+    def nats(each: dict[str, dict[str, Any]], key: str) -> str:
+        return ", ".join(f"{row[key]:.2e} nats in {name}" for name, row in each.items())
+
     return {
         "vllm": ", ".join(versions),
         "vllm_prefix_caching": compat.prefix_caching_problem(SlidingWindowManager) or "has the hooks that it needs",
-        "vllm_largest_error": ", ".join(f"{row['error']:.2e} nats in {name}" for name, row in rows.items()),
-        "vllm_dense_would_differ": ", ".join(f"{row['dense']:.2e} nats in {name}" for name, row in rows.items()),
+        "vllm_largest_error": nats(rows, "error"),
+        "vllm_dense_would_differ": nats(rows, "other"),
         "vllm_prefix_cache_hits": ", ".join(f"{row['hits']} tokens in {name}" for name, row in rows.items()),
+        "vllm_dense_end_largest_error": nats(ends, "error"),
+        "vllm_sparse_end_would_differ": nats(ends, "other"),
         "vllm_passed": passed,
     }
 
@@ -60,8 +74,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _compare(dtype: str) -> dict[str, Any]:
-    """The largest differences of log-probabilities, and tokens read from the prefix cache."""
+def _compare(dtype: str, dense_end_tokens: int = 0) -> dict[str, Any]:
+    """Largest differences of log-probabilities: from the same model ("error"), and from the dense one or, with a dense end,
+    from the sparse one without ("other"); tokens read from the prefix cache ("hits")."""
     import gc
 
     from vllm import LLM, SamplingParams
@@ -70,36 +85,49 @@ def _compare(dtype: str) -> dict[str, Any]:
     from ..export import write
 
     model, artifact = _random_model(dtype)
+    config = artifact.config.with_options(dense_end_tokens=dense_end_tokens)
+    artifact = dataclasses.replace(artifact, config=config)
+    rounds = 1 if dense_end_tokens else 2
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, VOCABULARY, (length,), generator=draw).tolist() for length in LENGTHS]
     settings = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=0, detokenize=False)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), model, None, artifact)
         llm = LLM(
-            folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, enable_prefix_caching=True,
-            gpu_memory_utilization=0.3, disable_log_stats=False,
+            folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8,
+            enable_prefix_caching=rounds > 1, gpu_memory_utilization=0.3, disable_log_stats=False,
         )  # fmt: skip
         asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = [out.outputs[0] for _ in range(2) for out in llm.generate(asked, settings, use_tqdm=False)]
+        answers = [out.outputs[0] for _ in range(rounds) for out in llm.generate(asked, settings, use_tqdm=False)]
         hits = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits")  # type: ignore[attr-defined]
         del llm
         gc.collect()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    error = dense = 0.0
-    for prompt, answer in zip(prompts * 2, answers, strict=True):
+    error = other = 0.0
+    for prompt, answer in zip(prompts * rounds, answers, strict=True):
         new = list(answer.token_ids)
         theirs = torch.tensor([row[token].logprob for row, token in zip(answer.logprobs, new, strict=True)])
-        with attached(model, artifact.heads, artifact.config, artifact.indexer):
-            error = max(error, float((_logprobs(model, prompt, new) - theirs).abs().max()))
-        dense = max(dense, float((_logprobs(model, prompt, new) - theirs).abs().max()))
-    return {"error": error, "dense": dense, "hits": int(hits)}
+
+        def apart(prompt: list[int] = prompt, new: list[int] = new, theirs: Tensor = theirs) -> float:
+            return float((_logprobs(model, prompt, new) - theirs).abs().max())
+
+        with attached(model, artifact.heads, config, artifact.indexer):
+            error = max(error, apart())
+        if dense_end_tokens:
+            with attached(model, artifact.heads, SPARSE, artifact.indexer):
+                other = max(other, apart())
+        else:
+            other = max(other, apart())
+    return {"error": error, "other": other, "hits": int(hits)}
 
 
 @torch.no_grad()
 def _logprobs(model: Any, prompt: list[int], new: list[int]) -> Tensor:
     """Of the tokens `new` after `prompt`: [len(new)] float32 on the CPU."""
-    ids = torch.tensor([prompt + new], device=model.device)
-    rows = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    cache = DynamicCache(config=model.config)
+    parts = (torch.tensor([part], device=model.device) for part in (prompt, *([token] for token in new[:-1])))
+    rows = torch.stack([model(part, **{CACHE: cache}, logits_to_keep=1).logits[0, -1] for part in parts])
+    rows = rows.float().log_softmax(-1)
     return rows.gather(1, torch.tensor(new, device=rows.device)[:, None])[:, 0].cpu()
 
 
