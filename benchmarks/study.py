@@ -207,7 +207,8 @@ def convert(study: Study) -> dict[str, Any]:
                 recipe.calibrate, lengths_tokens=tuple(args.lengths), retrieval_ratio=args.retrieval_ratio,
                 check_samples=args.check_samples, **own if ours else {},
             )  # fmt: skip
-            found = rtpurbo.calibrate(model, tokenizer, args.train, settings, study.sparse(), model_name=args.model_name)
+            sparse = study.sparse(dense_end_tokens=recipe.dense_end_tokens)
+            found = rtpurbo.calibrate(model, tokenizer, args.train, settings, sparse, model_name=args.model_name)
             artifact = save_stage(out, "calibrate", found, args.train)
     if "train_indexer" not in artifact.stages:
         with timed("train_indexer"):
