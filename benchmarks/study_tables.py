@@ -520,9 +520,10 @@ def reached(found: Found, method: str = "sparse") -> dict[str, str]:
     return entries
 
 
-def aims() -> str:
-    """What was aimed at, and what each of a model's conversions reached: a column each."""
-    columns = {what: reached(found, read) for (name, read), what in CONVERSIONS.items() if (found := load(name))}
+def aims(count: int = 1) -> str:
+    """What was aimed at, and what the first `count` of a model's conversions reached: a column each."""
+    some = [*CONVERSIONS.items()][:count]
+    columns = {what: reached(found, read) for (name, read), what in some if (found := load(name))}
     rows = [[aim, *(column[aim] for column in columns.values())] for aim in next(iter(columns.values()), {})]
     return table(["Qwen2.5-Coder-0.5B", *columns], rows) or MISSING
 
@@ -623,4 +624,5 @@ TABLES = {name: partial(model_tables, name) for name in MODELS} | {
     "ruler": summary,
     "recipes": recipes,
     "aims": aims,
+    "all_aims": partial(aims, len(CONVERSIONS)),
 }

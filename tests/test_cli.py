@@ -227,6 +227,42 @@ def test_missing_and_unknown_models(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_model_that_is_not_there(tmp_path, converted):
+    out = tmp_path / "moved"
+    shutil.copytree(converted, out)
+    config = json.loads((out / CONFIG_FILE).read_text())
+    config["base_model"]["name"] = "nobody/nothing"
+    (out / CONFIG_FILE).write_text(json.dumps(config))
+    for command in (
+        ("generate", out, "--prompt", "a"),
+        ("eval", out, "-o", tmp_path),
+        ("generate", out, "--prompt", "a", "--dense"),
+    ):
+        message = fails(*command)
+        assert message.startswith(
+            "The artefact's base model is not where the artefact says. Model 'nobody/nothing' could not"
+        )
+        assert "Say where it is with --base-model" in message
+    assert "device must be one of" in fails("generate", out, "--prompt", "a", "--device", "nowhere")
+
+
+def test_what_cannot_be_done_is_said_first(tmp_path, model_dir, source, converted, monkeypatch):
+    assert "device must be one of" in fails("doctor", "--device", "cuda:99")
+    code, out, err = run("info", converted, "--tensor-parallel-size", 3)
+    assert (code, out) == (1, "")
+    assert "a divisor of the 2 KV heads, got 3" in err
+    monkeypatch.setattr("rtpurbo.evals.compare.grade_all", None)  # not so far
+    assert "Unknown task 'rulerr'; near matches: ruler" in fails("eval", converted, "--sources", source, "--tasks", "rulerr")
+
+
+def test_a_stage_that_is_done_again_says_so(tmp_path, source, converted):
+    out = tmp_path / "again"
+    more = ("--sources", source, "--length-tokens", 160, "--steps", 1, "--labels", 8, "--lora-rank", 2)
+    code, _, err = run("distill", converted, "-o", out, *more)
+    assert code == 0, err
+    assert f"{converted} has been through this stage; what comes out replaces that." in err
+
+
 def test_unsupported_architecture_and_missing_tokenizer(tmp_path):
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -402,6 +438,12 @@ def test_bench_of_a_models_layer_reads_no_weights(tmp_path, model_dir, converted
         assert shape["retrieval"] == [2]
 
 
+def test_a_layer_gets_the_artefacts_window(converted):
+    assert cli.Bench(model=str(converted)).layer_heads() == ("4/2/16", 32)
+    assert cli.Bench(model=str(converted), window_tokens=8).layer_heads() == ("4/2/16", 8)
+    assert cli.Bench().layer_heads() == ("32/4/128", 8192)
+
+
 def test_bench_of_a_layer_with_a_window_ladder(tmp_path):
     ladder = ("--shape", "8/4/16", "--retrieval", 1, "--windows", 32, 8, 16, 24)
     code, out, err = run("bench", *ladder, *LAYER, "--json", tmp_path / "layer.json", "--plot", tmp_path / "layer.html")
@@ -549,9 +591,10 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
     prose = Path(source).resolve()
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("a letter from the city")
+    Path("out/demo/metrics").mkdir(parents=True)  # what `make demo` leaves
     for command in commands:
         words = [w.strip('"').replace("Qwen/Qwen3-8B", str(model_dir)) for w in re.findall(r'"[^"]*"|\S+', command)[1:]]
-        words = ["out" if w.startswith("artefacts/") else "192" if w == "2048" else w for w in words]
+        words = ["sparse" if w.startswith("artefacts/") else "192" if w == "2048" else w for w in words]
         if words[0] == "convert":
             assert str(model_dir) in words
             words += [*SMALL_FLAGS, "--sources", str(prose), "--heldout", str(prose)]
@@ -561,11 +604,11 @@ def test_readme_commands(tmp_path, monkeypatch, model_dir, source):
             words += ["--sources", str(prose), "--decode-tokens", "2"]
         code, _, err = run(*words)
         assert code == 0, (command, err)
-    assert {"eval.json", "report.html", CONFIG_FILE} <= {file.name for file in Path("out").iterdir()}
-    assert set(Artifact.load("out").stages) == {"calibrate", "train_indexer", "distill"}
+    assert {"eval.json", "report.html", CONFIG_FILE} <= {file.name for file in Path("sparse").iterdir()}
+    assert set(Artifact.load("sparse").stages) == {"calibrate", "train_indexer", "distill"}
     assert json.loads(Path("reply.json").read_text())["new_tokens"] == 2
-    assert Path("out/eval/eval.json").is_file()
-    assert set(Artifact.load("served").base_model) == set(Artifact.load("out").base_model)
+    assert Path("eval/eval.json").is_file()
+    assert set(Artifact.load("served").base_model) == set(Artifact.load("sparse").base_model)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     names = {"dense_model": random_model()}
     for python in re.findall(r"```python\n(.*?)```", text, re.S):

@@ -14,7 +14,7 @@ import torch
 from rtpurbo.config import EvalConfig
 from rtpurbo.evals import harness
 from rtpurbo.evals.compare import both
-from rtpurbo.evals.harness import run_tasks
+from rtpurbo.evals.harness import load_tasks, run_tasks
 from tiny_text import FILLERS, artifact_for, copy_model, random_model, word_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install rtpurbo[eval]")
@@ -103,7 +103,7 @@ def config(*names: object, lengths: tuple[int, ...] = (200,), limit: int | None 
 
 def run(model, settings: EvalConfig, retrieval=((), (2,)), context: int = CONTEXT):
     with both(model, artifact_for(model, retrieval)) as switch:
-        return run_tasks(switch, word_tokenizer(), settings, context)
+        return run_tasks(switch, word_tokenizer(), load_tasks(word_tokenizer(), settings), settings, context)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,8 @@ def test_an_adapter(tasks, tmp_path):
     adapted.unload()
     made = dataclasses.replace(artifact_for(model, ((1,), (2,))), weights_kind="lora", weights_path=tmp_path)
     with both(model, made) as switch:
-        found = run_tasks(switch, word_tokenizer(), config(tasks / "choose.yaml", limit=2), CONTEXT)
+        settings = config(tasks / "choose.yaml", limit=2)
+        found = run_tasks(switch, word_tokenizer(), load_tasks(word_tokenizer(), settings), settings, CONTEXT)
     assert by_metric(found)["tiny_choice", "acc"]["samples"] == 2
 
 

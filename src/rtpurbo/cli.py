@@ -69,10 +69,13 @@ class OfArtifact(Common):
     """Where the base model lies, when not where the artefact says."""
 
     def load_base(self, artifact: Any) -> tuple[Any, Any]:
-        """The artefact's base model, dense."""
-        if self.base_model is not None:
-            return self.load(self.base_model)
-        return self.load(artifact.base_model["name"], artifact.base_model.get("revision"))
+        """The artefact's base model, dense, and its tokenizer."""
+        from .generate import load_base
+
+        say(f"Loading {self.base_model or artifact.base_model['name']}")
+        return load_base(
+            artifact, self.base_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +218,8 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     output = command.output or command.artifact
     check_output(output)
     artifact = Artifact.load(command.artifact)
+    if name in artifact.stages:
+        say(f"{command.artifact} has been through this stage; what comes out replaces that.")
     model, tokenizer = command.load_base(artifact)
     settings: Any = _part(command, config)
     accelerator = Accelerator(cpu=model.device.type == "cpu")  # one process, or those of `accelerate launch`
@@ -457,13 +462,13 @@ class Info(Common):
             "sparse_cache_bytes_constant": sum(held) * head_dim * 2 * element,
             "local_kv_heads_by_window_tokens": heads.window_counts(sparse.window_tokens),
         }
-        _out(str(heads))
-        for key, value in result.items():
-            _out(f"{key:34s} {value}")
         served = memory_rows(
             heads, sparse, head_dim=head_dim, element_bytes=element, indexed=artifact.indexer is not None,
             ranks=self.tensor_parallel_size,
         )  # fmt: skip
+        _out(str(heads))
+        for key, value in result.items():
+            _out(f"{key:34s} {value}")
         result["served"] = served
         tokens = served["bytes_per_token"]
         _out(
@@ -489,7 +494,7 @@ class Doctor(Common):
         """Print versions, devices and the result of a self-test."""
         from .doctor import examine
 
-        result = examine(vllm=self.vllm)
+        result = examine(device=self.device, vllm=self.vllm)
         for key, value in result.items():
             _out(f"{key:24s} {value}")
         if self.output:
@@ -515,7 +520,8 @@ class Bench(OfArtifact):
     artifact: tyro.conf.Positional[str | None] = None
     """Directory or hub name of the artefact, whose whole model is loaded and run; none: one layer, no weights are read."""
     model: str | None = None
-    """Model or local artefact whose numbers of heads and head dimension the layer gets, from its config alone."""
+    """Model or local artefact whose numbers of heads and head dimension (of an artefact: window, too) the layer gets, from
+    its config alone."""
     lengths_tokens: tuple[int, ...] = ()
     """Lengths in tokens; default: 2048 4096 8192, for a layer 32768 131072 524288 1048576 (on a CPU 8192 32768)."""
     new_tokens: int = 16
@@ -527,8 +533,8 @@ class Bench(OfArtifact):
     retrieval: tuple[int, ...] | None = None
     """Retrieval query heads of the layer, where each head selects for itself; default: 2 5 8 11 29 of 32 query heads, else
     15 % of them, evenly spread."""
-    window_tokens: int = 8192
-    """Window of the layer in tokens."""
+    window_tokens: int | None = None
+    """Window of the layer in tokens; default: the artefact's with --model ARTEFACT, else 8192."""
     windows: tuple[int, ...] | None = None
     """Window of every KV head of the layer in tokens, none longer than the layer's; those whose whole cache is kept have the
     layer's window all the same. Default: the layer's window for all."""
@@ -579,10 +585,11 @@ class Bench(OfArtifact):
             )
         return result
 
-    def layer_heads(self) -> str:
-        """Query heads/KV heads/head dimension of the layer."""
+    def layer_heads(self) -> tuple[str, int]:
+        """Query heads/KV heads/head dimension of the layer, and its window in tokens."""
+        window = 8192 if self.window_tokens is None else self.window_tokens
         if self.model is None:
-            return self.shape or "32/4/128"
+            return self.shape or "32/4/128", window
         if self.shape is not None:
             raise ValueError(
                 f"Expected --model or --shape, got both ({self.model!r}, {self.shape!r}); leave one of them out."
@@ -593,9 +600,10 @@ class Bench(OfArtifact):
         if (Path(self.model) / CONFIG_FILE).is_file():
             artifact = Artifact.load(self.model)
             heads = (artifact.heads.query_heads, artifact.heads.kv_heads, artifact.base_model["head_dim"])
+            window = artifact.config.window_tokens if self.window_tokens is None else window
         else:
             heads = attention_geometry(self.model, trust_remote_code=self.trust_remote_code)
-        return "/".join(map(str, heads))
+        return "/".join(map(str, heads)), window
 
     def of_layer(self) -> Any:
         """Decode steps and prefills of one layer."""
@@ -606,11 +614,11 @@ class Bench(OfArtifact):
 
         place = resolve_device(self.device)
         device, dtype = torch.device(place), resolve_dtype(self.dtype, place)
-        heads = self.layer_heads()
+        heads, window_tokens = self.layer_heads()
         shape = layer_shape(
             heads,
             retrieval=self.retrieval,
-            window_tokens=self.window_tokens,
+            window_tokens=window_tokens,
             far_ratio=self.far_ratio,
             index_dtype=self.index_dtype,
             tile_probability=self.tile_probability,

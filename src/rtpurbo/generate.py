@@ -15,7 +15,7 @@ from .attach import attach, dense_end_tokens, reading, with_adapter
 from .cache import CACHE, join
 from .checkpoint import Artifact, check_digest, check_fingerprint
 from .config import IndexDtype
-from .models import load_model
+from .models import UnreadableModel, load_model
 from .progress import track
 
 
@@ -70,14 +70,31 @@ def load(
     return model, tokenizer
 
 
+def load_base(artifact: Artifact, base_model: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """The artefact's base model, dense, and its tokenizer.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+    if base_model is not None:
+        return load_model(base_model, **options)
+    base = artifact.base_model
+    try:
+        return load_model(base["name"], revision=base.get("revision"), **options)
+    except UnreadableModel as error:
+        raise UnreadableModel(
+            f"The artefact's base model is not where the artefact says. {error} Say where it is with --base-model (Python: "
+            "base_model): a directory, a GGUF file or a hub name."
+        ) from error
+
+
 def load_distilled(artifact: Artifact, *, base_model: str | None = None, **options: Any) -> tuple[Any, Any]:
     """The artefact's weights as a dense model, a LoRA adapter merged, and its tokenizer; arguments and errors of `load`."""
     if artifact.weights_kind == "full":
         assert artifact.weights_path is not None
         check_digest(artifact.weights_path)
         return load_model(str(artifact.weights_path), **options)
-    source = base_model or artifact.base_model["name"]
-    model, tokenizer = load_model(source, revision=artifact.base_model.get("revision"), **options)
+    model, tokenizer = load_base(artifact, base_model, **options)
     check_fingerprint(model, artifact)
     if artifact.weights_kind == "lora":
         assert artifact.weights_path is not None

@@ -124,6 +124,10 @@ def own_dtype(name: str, revision: str | None = None, *, trust_remote_code: bool
     return found if found in ("float32", "float16") else "bfloat16"
 
 
+class UnreadableModel(ValueError):
+    """A model that is not where its name says, or cannot be read."""
+
+
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str, dict[str, Any]]:
     """A supported model's config, what Transformers calls the model, and options to read it; else ValueError."""
     from transformers import AutoConfig
@@ -135,7 +139,7 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (*_UNREADABLE, RecursionError) as error:
-        raise ValueError(
+        raise UnreadableModel(
             f"Model {name!r} could not be found or read; expected a hub name, a local directory or a GGUF file "
             f"({_reason(error)})."
         ) from error

@@ -421,7 +421,7 @@ def resolved(model: Any, config: ConvertConfig) -> dict[str, tuple[Any, str]]:
         "distill.length_tokens": length(d),
         "distill.steps": plain(d, default.distill, "steps", f"300 and 500 were {larger}"),
         "distill.batch_size": plain(d, default.distill, "batch_size", "documents a step and process"),
-        "distill.weights": plain(d, default.distill, "weights", "an adapter; all weights were not measured"),
+        "distill.weights": plain(d, default.distill, "weights", "an adapter; all weights did no better (docs/results.md)"),
         "distill.learning_rate": plain(d, default.distill, "learning_rate", f"for an adapter; {larger}"),
     }
 

@@ -88,7 +88,8 @@ def evaluate(
         `compare_generations`; "tasks": results of lm-evaluation-harness; "settings".
 
     Raises:
-        ValueError: other weights than the artefact's, lengths beyond the context, too little text, an unusable SQuAD file.
+        ValueError: other weights than the artefact's, lengths beyond the context, too little text, an unusable SQuAD file;
+            lm_eval or a package that a task needs is missing, an unknown task, or data that cannot be fetched.
     """
     check_fingerprint(model, artifact)
     context = context_tokens(model)
@@ -99,6 +100,10 @@ def evaluate(
     loss_length = config.loss_length_tokens or longest
     result: dict[str, Any] = {"settings": dataclasses.asdict(config), "sources": list(sources)}
     questions = draw_questions(tokenizer, config, context)
+    if config.tasks:  # before anything that takes long: a task may be unknown, or lack its data
+        from .harness import load_tasks, run_tasks
+
+        tasks = load_tasks(tokenizer, config)
     with both(model, artifact) as switch:
         result["needle"] = _needles(switch, tokenizer, sources, config)
         if config.loss_documents:
@@ -143,9 +148,7 @@ def evaluate(
                 seed=config.seed,
             )
         if config.tasks:
-            from .harness import run_tasks
-
-            result["tasks"] = run_tasks(switch, tokenizer, config, context)
+            result["tasks"] = run_tasks(switch, tokenizer, tasks, config, context)
     return result
 
 

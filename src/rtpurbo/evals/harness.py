@@ -22,12 +22,11 @@ from .fidelity import Switch
 from .statistics import paired
 
 
-def run_tasks(switch: Switch, tokenizer: Any, config: EvalConfig, context: int) -> dict[str, Any]:
-    """Run `config.tasks` with both models.
-
-    Tasks that make their own documents (RULER) make them at `config.lengths_tokens`, `config.task_limit` of each length.
+def run_tasks(switch: Switch, tokenizer: Any, tasks: dict[str, Any], config: EvalConfig, context: int) -> dict[str, Any]:
+    """Run tasks with both models.
 
     Args:
+        tasks: from `load_tasks`.
         switch: `with switch("dense") as model` (or "sparse") gives the model that runs so.
         context: longest sequence in tokens; longer prompts lose their beginning.
 
@@ -35,11 +34,7 @@ def run_tasks(switch: Switch, tokenizer: Any, config: EvalConfig, context: int) 
         "lm_eval": its version; "results": a list with, per task and metric, "task", "task_version", "metric", the paired
         result, "higher_is_better", "prompt_tokens" (lengths of the prompts as the models see them: "min", "mean", "max")
         and "prompts_cut" (how many lost their beginning).
-
-    Raises:
-        ValueError: lm_eval or a package that a task needs is missing, an unknown task, or data that cannot be fetched.
     """
-    tasks = load_tasks(tokenizer, config)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ("dense", "sparse"):
         with switch(name) as model:
@@ -132,11 +127,13 @@ def _no_tasks() -> Any:
 def load_tasks(tokenizer: Any, config: EvalConfig, made: dict[str, list[dict[str, Any]]] | None = None) -> dict[str, Any]:
     """Leaf tasks by name, with their documents.
 
+    Those that make their own documents (RULER) make them at `config.lengths_tokens`, `config.task_limit` of each length.
+
     Args:
         made: documents of RULER's tasks by task, from `ruler.documents`; others are made now.
 
     Raises:
-        ValueError: see `run_tasks`.
+        ValueError: lm_eval or a package that a task needs is missing, an unknown task, or data that cannot be fetched.
     """
     _installed()
     import datasets
