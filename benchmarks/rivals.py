@@ -122,7 +122,7 @@ def rival(
         budget_tokens: what a KV head may read in a decode step, in tokens (see `budget_for`); for `top_k` the far tokens
             that a query selects; ignored by `razor`.
         heads, config: roles, window and sinks of `razor` and `top_k`. What `config` says about selection is not used; the
-            last `dense_end_tokens` of a prompt are read densely by `razor` and `window` too.
+            last `dense_end_tokens` of a prompt are read densely by `razor`, `window` and `top_k` too.
         indexer: of `top_k`, modules or tensors as `attach` takes them.
 
     Yields:
@@ -317,6 +317,8 @@ def _top_k_prefill(
         q_slots = torch.arange(here.start, here.stop, device=q.device)
         index_here = None if index_q is None else index_q[:, :, here]
         keep = top_k_keep(spec.budget_tokens, state, q_slots, slots, index_here, index_k, None)
+        dense = q_slots >= slots - state.config.dense_end_tokens
+        keep = keep | dense[:, None] & visible_slots(q_slots, torch.arange(slots, device=q.device), None)
         out.append(F.scaled_dot_product_attention(q[:, :, here], k, v, attn_mask=keep, scale=scaling))
     return torch.cat(out, 2)
 

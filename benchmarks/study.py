@@ -48,7 +48,7 @@ TASKS = (
 """RULER's thirteen, the telling ones first."""
 DENSE_ENDS = {"dense_end": 128, "dense_end_2048": 2048, "dense_prefill": 10**9}
 """Last tokens of a prompt that the sparse model reads densely: the question, or all, as rivals do that choose in decode."""
-ENDED = {f"{name}_end": name for name in ("stage1", "razor", "window")}
+ENDED = {f"{name}_end": name for name in ("stage1", "razor", "window", "top_k")}
 """Name -> what else reads prompts sparsely, here with the end read densely as `dense_end` does."""
 OURS = ("dense", "sparse", "stage1", "stage1_end", *DENSE_ENDS)
 READ_TASKS = ("ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -58,7 +58,7 @@ LEAST = ("0.001", "0.0003", "3e-05")
 """Other least probabilities of the sparse model."""
 CURVE = (
     *(f"dense_end@{least}" for least in LEAST),
-    *(f"{method}@{times:g}" for method in ("window_end", "quest", "snapkv", "top_k") for times in (0.5, 2)),
+    *(f"{method}@{times:g}" for method in ("window_end", "quest", "snapkv", "top_k_end") for times in (0.5, 2)),
 )
 """METHOD@SETTING, more points of quality against bytes: our least probability, a rival's budget over that of equal bytes."""
 
@@ -165,10 +165,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         found += ruler(length, ("dense", "sparse", "dense_end"))
     found += [Cell("needles", needles, ("convert",))]
     found += [Cell("short_context", short_context, ("convert",)), Cell("long_generation", long_generation, ("convert",))]
-    found += ruler(middle, (*ENDED, "quest", "snapkv"))
+    found += ruler(middle, ("stage1_end", "razor_end", "window_end", "quest", "snapkv"))
     found += ruler(middle, ("dense_prefill", "stage1", "razor", "window"))
     found += [Cell("selected", partial(selected, length=middle), ("convert",)), *ruler(middle, CURVE, CURVE_TASKS)]
-    found += ruler(middle, ("top_k",))
+    found += ruler(middle, ("top_k_end", "top_k"))
     for length in order:
         found += ruler(length, ("dense_end_2048",), READ_TASKS)
     for length in order[1:]:

@@ -77,7 +77,20 @@ TOLD = ("ruler_vt", "niah_multikey_2", "niah_multiquery")
 """Tasks that recipes of that model differ in."""
 READS = ("sparse", *DENSE_ENDS)
 """The sparse model, by how it reads a prompt."""
-METHODS = ("dense", *READS, "stage1", "stage1_end", "razor", "razor_end", "top_k", "quest", "snapkv", "window", "window_end")
+METHODS = (
+    "dense",
+    *READS,
+    "stage1",
+    "stage1_end",
+    "razor",
+    "razor_end",
+    "top_k",
+    "top_k_end",
+    "quest",
+    "snapkv",
+    "window",
+    "window_end",
+)
 AVERAGED = 10
 """Tasks of RULER that an average stands for what was aimed at, at least."""
 NEEDED = 0.95
@@ -584,6 +597,7 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             parts.append(f'<path d="M{left} {330 - 56 * i}h330" stroke="{INK}" stroke-opacity="0.3"/>')
         text(left + 160, 370, "bytes read by a decode step over the dense model's", "middle")
         taken: list[tuple[float, float]] = []
+        ours: list[float] = []
         for method, places in sorted(at.items(), key=lambda item: -item[1][-1][1]):
             colour = "#e0702a" if method in READS else "#3b8ed0"
             drawn = [(left + 10 + 300 * ratio, 330 - 280 * score) for ratio, score in places]
@@ -592,7 +606,8 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
             x, y = drawn[-1]
             if method in READS:  # left of its point, where no other label is
-                text(x - 8, y + 4, method, "end", colour)
+                ours.append(max([y, *(b + 14 for b in ours)]))
+                text(x - 8, ours[-1] + 4, method, "end", colour)
                 continue
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
             taken.append((x, below))

@@ -254,7 +254,7 @@ def end_to_end() -> str:
         "Transformers copying its cache (`tpot_gpu_cat_seconds`). The shipped "
         f"`{shipped['settings']['artifact']}` (single heads, window 4096) took {ends[0]['ttft_seconds']:.3f} s for "
         f"{ends[0]['length_tokens']} tokens read sparsely to their end and {ends[128]['ttft_seconds']:.3f} s with 128 dense "
-        f"tokens there, with a cache of {ends[128]['cache_bytes'] / 1e9:.2f} GB, on one "
+        f"tokens there, with a cache of {ends[128]['decode_cache_bytes'] / 1e9:.2f} GB while decoding, on one "
         f"{shipped['environment']['device']} beside other work (`h200_dense_end.json`); dense was not timed there.",
     ]
     return "\n".join(lines)

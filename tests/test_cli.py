@@ -231,8 +231,12 @@ def test_a_base_model_that_is_not_there(tmp_path, converted):
     out = tmp_path / "moved"
     shutil.copytree(converted, out)
     config = json.loads((out / CONFIG_FILE).read_text())
-    config["base_model"]["name"] = "nobody/nothing"
-    (out / CONFIG_FILE).write_text(json.dumps(config))
+    for name, reason in ((str(tmp_path / "gone"), "does not exist"), ("nobody/nothing", "could not be found")):
+        config["base_model"]["name"] = name
+        (out / CONFIG_FILE).write_text(json.dumps(config))
+        message = fails("export", out, tmp_path / "served")
+        assert message.startswith(f"The artefact's base model is not where the artefact says. Model {name!r} {reason}")
+        assert "Say where it is with --base-model" in message
     for command in (
         ("generate", out, "--prompt", "a"),
         ("eval", out, "-o", tmp_path),
@@ -257,10 +261,17 @@ def test_what_cannot_be_done_is_said_first(tmp_path, model_dir, source, converte
 
 def test_a_stage_that_is_done_again_says_so(tmp_path, source, converted):
     out = tmp_path / "again"
-    more = ("--sources", source, "--length-tokens", 160, "--steps", 1, "--labels", 8, "--lora-rank", 2)
-    code, _, err = run("distill", converted, "-o", out, *more)
+    shutil.copytree(converted, out)
+    more = ("--sources", source, "--length-tokens", 160, "--steps", 1)
+    code, _, err = run("train-indexer", out, *more, "--documents", 2, "--queries", 8)
     assert code == 0, err
-    assert f"{converted} has been through this stage; what comes out replaces that." in err
+    assert f"{out} has been through train_indexer and distill; what comes out replaces that." in err
+    assert set(Artifact.load(out).stages) == {"calibrate", "train_indexer"}
+    more = (*more, "--labels", 8, "--lora-rank", 2)
+    for place, said in ((tmp_path / "other", False), (out, False), (out, True)):
+        code, _, err = run("distill", out, "-o", place, *more)
+        assert code == 0, err
+        assert ("has been through distill; what comes out" in err) == said
 
 
 def test_unsupported_architecture_and_missing_tokenizer(tmp_path):

@@ -68,7 +68,7 @@ def test_with_a_small_budget_it_is_not(method):
     assert 0.1 < ratio < 0.9
 
 
-@pytest.mark.parametrize("method", ["razor", "window"])
+@pytest.mark.parametrize("method", ["razor", "window", "top_k"])
 def test_the_end_of_a_prompt_may_be_read_densely(method):
     """All of it: prefill is dense then. A part: its rows change. Decode reads no more."""
     model = shared_model("qwen3")
@@ -76,7 +76,8 @@ def test_the_end_of_a_prompt_may_be_read_densely(method):
     found = {}
     for end in (0, 10, PROMPT):
         config = dataclasses.replace(CONFIG, dense_end_tokens=end)
-        with rival(model, method, budget_tokens=NEAR, heads=heads, config=config) as reads:
+        chosen = {"budget_tokens": 9 if method == "top_k" else NEAR, "indexer": random_indexer(heads)}
+        with rival(model, method, heads=heads, config=config, **chosen) as reads:
             found[end] = logits(model, tokens(PROMPT + STEPS), chunks=CHUNKS), reads.bytes_ratio
     assert_same(found[PROMPT][0][:, :PROMPT], want[:, :PROMPT])
     assert_same(found[10][0][:, : PROMPT - 10], found[0][0][:, : PROMPT - 10])

@@ -218,8 +218,9 @@ def _run_stage(command: Any, name: str, function: Any, config: type, following: 
     output = command.output or command.artifact
     check_output(output)
     artifact = Artifact.load(command.artifact)
-    if name in artifact.stages:
-        say(f"{command.artifact} has been through this stage; what comes out replaces that.")
+    again = [stage for stage in (name, "distill") if stage in artifact.stages and output == command.artifact]
+    if again:
+        say(f"{output} has been through {' and '.join(dict.fromkeys(again))}; what comes out replaces that.")
     model, tokenizer = command.load_base(artifact)
     settings: Any = _part(command, config)
     accelerator = Accelerator(cpu=model.device.type == "cpu")  # one process, or those of `accelerate launch`

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import CONFIG_FILE, EXPORTED_FILE, EXPORTED_KEY, Artifact, atomic_path, is_artifact, write_json
-from .generate import load_distilled
+from .generate import load_distilled, naming_base_model
 from .models import own_dtype, public_name
 
 ARCHITECTURE = "RTPurbo"
@@ -52,9 +52,12 @@ def export(
         artifact = Artifact.load(artifact)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if dtype == "auto":
-        full = artifact.weights_kind == "full"
-        source = str(artifact.weights_path) if full else base_model or artifact.base_model["name"]
-        dtype = own_dtype(source, None if full else artifact.base_model.get("revision"), **options)
+        base, place = artifact.base_model, artifact.weights_path if artifact.weights_kind == "full" else base_model
+        if place is not None:
+            dtype = own_dtype(str(place), **options)
+        else:
+            with naming_base_model():
+                dtype = own_dtype(base["name"], base.get("revision"), **options)
     model, tokenizer = load_distilled(artifact, base_model=base_model, dtype=dtype, device=device, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

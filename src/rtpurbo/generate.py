@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,9 +78,15 @@ def load_base(artifact: Artifact, base_model: str | None = None, **options: Any)
     """
     if base_model is not None:
         return load_model(base_model, **options)
-    base = artifact.base_model
+    with naming_base_model():
+        return load_model(artifact.base_model["name"], revision=artifact.base_model.get("revision"), **options)
+
+
+@contextmanager
+def naming_base_model() -> Iterator[None]:
+    """Where an artefact's base model is not there, the error says how to name another place."""
     try:
-        return load_model(base["name"], revision=base.get("revision"), **options)
+        yield
     except UnreadableModel as error:
         raise UnreadableModel(
             f"The artefact's base model is not where the artefact says. {error} Say where it is with --base-model (Python: "

@@ -167,16 +167,18 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     path = embedded_model_file() if name == EMBEDDED else Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"Model file {str(path)!r} does not exist; expected a GGUF file.")
+            raise UnreadableModel(f"Model file {str(path)!r} does not exist; expected a GGUF file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"Directory {name!r} is not a model: it has no config.json.")
+            raise UnreadableModel(f"Directory {name!r} is not a model: it has no config.json.")
         return name, {}
     if path.exists():
-        raise ValueError(f"Model {name!r} is a file, but not *.gguf; expected a hub name, a local directory or a GGUF file.")
+        raise UnreadableModel(
+            f"Model {name!r} is a file, but not *.gguf; expected a hub name, a local directory or a GGUF file."
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"Model {name!r} does not exist; expected a hub name, a local directory or a GGUF file.")
+        raise UnreadableModel(f"Model {name!r} does not exist; expected a hub name, a local directory or a GGUF file.")
     return name, {"revision": revision}
 
 
