@@ -40,7 +40,7 @@ from rtpurbo.config import SparseConfig
 from rtpurbo.families import attention_layers, head_counts
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import stored_keys
-from rtpurbo.ops.prefill import workspace_elements
+from rtpurbo.ops.prefill import dense_attention, workspace_elements
 from rtpurbo.ops.reference import index_scores, near_slots, sink_slots, visible_slots
 
 METHODS = ("razor", "window", "top_k", "quest", "snapkv")
@@ -138,8 +138,7 @@ def rival(
         raise ValueError(f"snapkv needs a budget of more than {OBSERVATION_TOKENS} tokens, got {budget_tokens}.")
     if method == "window":
         end = config.dense_end_tokens if config is not None else 0
-        near = {"window_tokens": budget_tokens - SINK_TOKENS, "sink_tokens": SINK_TOKENS}
-        config = SparseConfig(**near, dense_end_tokens=end)
+        config = SparseConfig(window_tokens=budget_tokens - SINK_TOKENS, sink_tokens=SINK_TOKENS, dense_end_tokens=end)
     if method not in ("razor", "top_k"):
         layers, query_heads, kv_heads, _ = head_counts(model)
         which = list(attention_layers(model))
@@ -317,9 +316,10 @@ def _top_k_prefill(
         q_slots = torch.arange(here.start, here.stop, device=q.device)
         index_here = None if index_q is None else index_q[:, :, here]
         keep = top_k_keep(spec.budget_tokens, state, q_slots, slots, index_here, index_k, None)
-        dense = q_slots >= slots - state.config.dense_end_tokens
-        keep = keep | dense[:, None] & visible_slots(q_slots, torch.arange(slots, device=q.device), None)
         out.append(F.scaled_dot_product_attention(q[:, :, here], k, v, attn_mask=keep, scale=scaling))
+    if end := min(state.config.dense_end_tokens, slots):
+        dense = dense_attention(q[:, :, -end:], k, v, scaling=scaling)
+        return torch.cat([torch.cat(out, 2)[:, :, :-end], dense], 2)
     return torch.cat(out, 2)
 
 

@@ -32,8 +32,6 @@ MODELS = {
     "study_smollm2": "SmolLM2-135M",
 }
 """File in benchmarks/results -> name of the model."""
-READ = {"study_qwen25_coder_05b_32k": "dense_end"}
-"""File -> how its model reads prompts in tables that show one way, of READS; sparsely where none is named."""
 RECIPES = {
     "study_qwen25_coder_05b_32k": "window 4096; adapter in layers 0 to 11, 300 steps of two of 32K; last 128 tokens dense",
     "study_qwen25_coder_05b_paper": "window 4096; the paper's recipe (heads by a span, p 0.9, 600 steps of all weights)",
@@ -154,6 +152,11 @@ def ruler_cells(found: Found) -> dict[int, dict[str, dict[str, Found]]]:
     return {length: {task: cells[length][task] for task in sorted(cells[length])} for length in sorted(cells)}
 
 
+def our_reading(found: Found) -> str:
+    """How the sparse model reads prompts in tables that show one way, of READS: as it does by default, where that ran."""
+    return "dense_end" if any(name.endswith("/dense_end") for name in found["cells"]) else "sparse"
+
+
 def both(tasks: dict[str, dict[str, Found]], method: str = "sparse") -> dict[str, tuple[list[float], list[float]]]:
     """Task -> scores of the dense model and of a method, where both ran."""
     return {
@@ -220,7 +223,7 @@ def summary() -> str:
     """RULER's averages of the first model, and the tasks that lose or win more than chance would."""
     name = next(iter(MODELS))
     found = load(name)
-    text = ruler(found, method=READ.get(name, "sparse"), beyond_chance=True) if found else ""
+    text = ruler(found, method=our_reading(found), beyond_chance=True) if found else ""
     return text.replace("| RULER", f"| {MODELS[name]}: RULER") or MISSING
 
 
@@ -259,7 +262,7 @@ def compared(found: Found) -> Found | None:
     def common(methods: list[str]) -> list[str]:
         return [task for task, at in some.items() if all(method in at for method in methods)]
 
-    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", our_reading(some)), -ran[m]))
+    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", our_reading(found)), -ran[m]))
     methods = max((order[: n + 1] for n in range(len(order))), key=lambda part: len(part) * len(common(part)), default=[])
     budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
     methods = [*budgets] if common([*budgets]) else methods
@@ -283,11 +286,6 @@ def rivals_length(found: Found) -> tuple[int, dict[str, dict[str, Found]]]:
     return length, cells[length]
 
 
-def our_reading(some: dict[str, dict[str, Found]]) -> str:
-    """How the sparse model that rivals are compared with reads prompts: as it does by default, where that ran."""
-    return max(("dense_end", "sparse"), key=lambda method: sum(method in at for at in some.values()))
-
-
 def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> float | None:
     """Cache bytes of a decode step over the dense model's: the mean over a method's results; None when unknown."""
     name, _, setting = method.partition("@")
@@ -303,7 +301,7 @@ def bytes_read(found: Found, length: int, method: str, cells: list[Found]) -> fl
 def rivals(found: Found) -> str:
     """All methods at one length, each on its own tasks; "" when there is none but dense and sparse."""
     length, some = rivals_length(found)
-    reading = our_reading(some)
+    reading = our_reading(found)
     ran = {method: [task for task, at in some.items() if method in at and reading in at] for method in METHODS}
     ran = {method: tasks for method, tasks in ran.items() if tasks}
     shown = [task for task in some if any(task in tasks for method, tasks in ran.items() if method not in ("dense", *READS))]
@@ -462,7 +460,7 @@ def recipes() -> str:
     length, rows = 16384, []
     for name, what in RECIPES.items():
         found = load(name) or {"cells": {}}
-        pairs = both(ruler_cells(found).get(length, {}), READ.get(name, "sparse"))
+        pairs = both(ruler_cells(found).get(length, {}), our_reading(found))
         row = [what, str(len(pairs)), *["–"] * 3]
         if pairs:
             dense, sparse = map(average, zip(*pairs.values(), strict=True))

@@ -27,8 +27,9 @@ def tables():
 
 def test_table_is_made_from_the_results():
     pages = [page.read_text() for page in tables().PAGES]
-    for make in tables().TABLES.values():
-        assert "|---|---|" in make() or make() == study_tables.MISSING or "](results.svg)" in make()
+    for name, make in tables().TABLES.items():
+        columns = 2 if name == "aims" else 4
+        assert "|" + "---|" * columns in make() or make() == study_tables.MISSING or "](results.svg)" in make()
         assert any(make() in page for page in pages)
     for page in pages:
         assert tables().updated(page) == page

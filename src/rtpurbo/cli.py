@@ -212,15 +212,15 @@ class Distill(OfArtifact, DistillConfig):
 def _run_stage(command: Any, name: str, function: Any, config: type, following: str) -> dict[str, Any]:
     from accelerate import Accelerator
 
-    from .checkpoint import WORK_DIR, Artifact, check_output
+    from .checkpoint import STAGES, WORK_DIR, Artifact, check_output
     from .pipeline import findings, save_stage
 
     output = command.output or command.artifact
     check_output(output)
     artifact = Artifact.load(command.artifact)
-    again = [stage for stage in (name, "distill") if stage in artifact.stages and output == command.artifact]
-    if again:
-        say(f"{output} has been through {' and '.join(dict.fromkeys(again))}; what comes out replaces that.")
+    again = [stage for stage in STAGES[STAGES.index(name) :] if stage in artifact.stages]
+    if again and output == command.artifact:
+        say(f"{output} has been through {' and '.join(again)}; what comes out replaces that.")
     model, tokenizer = command.load_base(artifact)
     settings: Any = _part(command, config)
     accelerator = Accelerator(cpu=model.device.type == "cpu")  # one process, or those of `accelerate launch`

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,20 @@ def _compare(dtype: str, dense_end_tokens: int = 0) -> dict[str, Any]:
         del llm
         gc.collect()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    error = other = 0.0
-    for prompt, answer in zip(prompts * rounds, answers, strict=True):
-        new = list(answer.token_ids)
-        theirs = torch.tensor([row[token].logprob for row, token in zip(answer.logprobs, new, strict=True)])
 
-        def apart(prompt: list[int] = prompt, new: list[int] = new, theirs: Tensor = theirs) -> float:
-            return float((_logprobs(model, prompt, new) - theirs).abs().max())
+    def furthest() -> float:
+        """The largest difference of an answer's log-probabilities from those that the model, as it is now, gives them."""
+        found = []
+        for prompt, answer in zip(prompts * rounds, answers, strict=True):
+            new = list(answer.token_ids)
+            theirs = torch.tensor([row[token].logprob for row, token in zip(answer.logprobs, new, strict=True)])
+            found.append(float((_logprobs(model, prompt, new) - theirs).abs().max()))
+        return max(found)
 
-        with attached(model, artifact.heads, config, artifact.indexer):
-            error = max(error, apart())
-        if dense_end_tokens:
-            with attached(model, artifact.heads, SPARSE, artifact.indexer):
-                other = max(other, apart())
-        else:
-            other = max(other, apart())
+    with attached(model, artifact.heads, config, artifact.indexer):
+        error = furthest()
+    with attached(model, artifact.heads, SPARSE, artifact.indexer) if dense_end_tokens else nullcontext():
+        other = furthest()
     return {"error": error, "other": other, "hits": int(hits)}
 
 
