@@ -34,6 +34,7 @@ MODELS = {
 """File in benchmarks/results -> name of the model."""
 RECIPES = {
     "study_qwen25_coder_05b_32k": "window 4096; adapter in layers 0 to 11, 300 steps of two of 32K; last 128 tokens dense",
+    "study_qwen25_coder_05b_32k_index_only": "the same heads and index, the same end; no stage 2",
     "study_qwen25_coder_05b_paper": "window 4096; the paper's recipe (heads by a span, p 0.9, 600 steps of all weights)",
     "study_qwen25_coder_05b_first_half": "window 4096; adapter in layers 0 to 11, 300 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_window_4096": "the same heads and index; adapter in all layers, 500 steps",
@@ -250,22 +251,23 @@ def our_bytes(found: Found, length: int, setting: str = "") -> float | None:
 def compared(found: Found) -> Found | None:
     """Methods on the tasks that all of them have, at the length where rivals ran (else the middle one).
 
-    A method that ran on few tasks is left out where the others' common tasks then make more cells. Methods at other
-    budgets, METHOD@SETTING, come with it on the tasks that they ran on.
+    A method that ran on few tasks is left out where the others' common tasks then make more cells. Where methods ran at
+    other budgets too (METHOD@SETTING), only their tasks count.
 
     Returns:
         "tasks", "scores": method -> list per task, "bytes": method -> ratio or None; None when there is no task.
     """
     length, some = rivals_length(found)
-    ran = {method: sum(method in at for at in some.values()) for method in METHODS}
+    budgets = {method for at in some.values() for method in at if "@" in method}
+    if budgets:
+        some = {task: at for task, at in some.items() if budgets & set(at)}
+    ran = {method: sum(method in at for at in some.values()) for method in (*METHODS, *sorted(budgets))}
 
     def common(methods: list[str]) -> list[str]:
         return [task for task, at in some.items() if all(method in at for method in methods)]
 
-    order = sorted((m for m in METHODS if ran[m]), key=lambda m: (m not in ("dense", our_reading(found)), -ran[m]))
+    order = sorted((m for m in ran if ran[m]), key=lambda m: (m not in ("dense", our_reading(found)), -ran[m]))
     methods = max((order[: n + 1] for n in range(len(order))), key=lambda part: len(part) * len(common(part)), default=[])
-    budgets = {method for at in some.values() for method in at if method.partition("@")[0] in methods}
-    methods = [*budgets] if common([*budgets]) else methods
     methods.sort(key=lambda method: (METHODS.index(method.partition("@")[0]), method))
     tasks = common(methods) if methods else []
     if not tasks:
@@ -321,6 +323,21 @@ def rivals(found: Found) -> str:
     return (
         table(header, rows) + "\n\nThe same prompts for every method. Bytes read: cache bytes of a decode step over the "
         "dense model's, measured, for our own by arithmetic from the measured share of far tokens."
+    )
+
+
+def curve(found: Found) -> str:
+    """Average and bytes read at other budgets (METHOD@SETTING), and of the methods that have those tasks too; "" without."""
+    at = compared(found)
+    if not at or not any("@" in method for method in at["scores"]):
+        return ""
+    rows = [
+        [method, f"{average(scores):.1%}", show(at["bytes"][method], ".3f"), *(f"{mean(task):.1%}" for task in scores)]
+        for method, scores in at["scores"].items()
+    ]
+    length, _ = rivals_length(found)
+    return table([f"RULER, {length} tokens, {len(at['tasks'])} tasks", "average", "bytes read", *at["tasks"]], rows) + (
+        "\n\nAfter the @: our least probability, 0.0001 where none is named; a rival's bytes, over those of equal bytes."
     )
 
 
@@ -543,7 +560,7 @@ PARTS = {
     "RULER, prompts read sparsely": ruler,
     f"RULER, the last {DENSE_ENDS['dense_end']} tokens of a prompt read densely": partial(ruler, method="dense_end"),
     "RULER, prompts read densely": partial(ruler, method="dense_prefill"),
-    "Rivals": rivals, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
+    "Rivals": rivals, "Other budgets": curve, "Held-out text": fidelity, "Needles": needles, "Short context": short_context,
     "Long generation": long_generation, "Conversion": conversion, "Ablations": ablations,
 }  # fmt: skip
 
@@ -602,7 +619,7 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             line = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
             parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
-            x, y = drawn[-1]
+            x, y = drawn[0 if method in READS else -1]
             if method in READS:  # left of its point, where no other label is
                 ours.append(max([y, *(b + 14 for b in ours)]))
                 text(x - 8, ours[-1] + 4, method, "end", colour)

@@ -194,6 +194,14 @@ def speedups(*, variants: bool = False) -> str:
         return "\n".join(lines)
     shape, environment = found["shape"], found["environment"]
     single = json.loads((RESULTS / "h200_dense_end.json").read_text())["rows"]
+    reading = json.loads((RESULTS / "h200_layer_reads.json").read_text())
+    real = [
+        f"{row['speedup']:.1f}"
+        for mode, share in (("heads", 0.6), ("groups", 0.2))
+        for row in reading["rows"]
+        if (row["mode"], row["prefill_far_ratio"]) == (mode, share)
+        and row["shape"] == f"{shape['query_heads']}/{shape['kv_heads']}/{shape['head_dim']}"
+    ]
     tiles = [row["selected_shares"]["prefill_tile"] for row in single if row["dense_end_tokens"] == 128]
     lines += [
         "",
@@ -206,9 +214,47 @@ def speedups(*, variants: bool = False) -> str:
         "group selects 1.9 (code) "
         "to 2.8 % (novels), a tile of 16 positions reads 13 to 21 % (`qwen25_coder_05b_reads.json`). Single heads of the "
         f"shipped artefact agree less: a tile reads {min(tiles):.0%} of the far tokens at 32K and {max(tiles):.0%} at 16K "
-        "(`h200_dense_end.json`), so that their prefill gains less than here. Variants, times, rates and the share of the "
-        "index: [docs/speed.md](docs/speed.md).",
+        "(`h200_dense_end.json`), so that their prefill gains less than here: with 60 % it is "
+        f"{real[0]} times as fast at 32K and {real[1]} times at 128K, groups with 20 % {real[2]} and {real[3]} times, on "
+        f"one {reading['environment']['device']} against SDPA's cuDNN (`h200_layer_reads.json`). Variants, times, rates "
+        "and the share of the index: [docs/speed.md](docs/speed.md).",
     ]
+    return "\n".join(lines)
+
+
+def reads() -> str:
+    """Prefill of a layer, by the share of the far tokens that a tile of positions reads."""
+    found = json.loads((RESULTS / "h200_layer_reads.json").read_text())
+    names = {"heads": "single heads", "groups": "KV groups"}
+    at = {(row["shape"], row["mode"], row["prefill_far_ratio"], row["slots"]): row for row in found["rows"]}
+    lengths = sorted({row["slots"] for row in found["rows"]})
+    lines = [
+        f"| prefill, a tile reads | share | {' | '.join(f'{n // 1024}K, times faster' for n in lengths)} |",
+        "|---|---|" + "---|" * len(lengths),
+    ]
+    for shape, mode, share in dict.fromkeys((row["shape"], row["mode"], row["prefill_far_ratio"]) for row in found["rows"]):
+        if mode in names:
+            cells = [f"{at[shape, mode, share, n]['speedup']:.1f}" for n in lengths]
+            lines.append(f"| {shape}, {names[mode]} | {share:.0%} | {' | '.join(cells)} |")
+    windows = {row["shape"]: row["window_tokens"] for row in found["rows"]}
+    kernels = " and ".join(found["rows"][0]["dense_by_kernel_seconds"])
+    lines += [
+        "",
+        f"Query heads/KV heads/head dimension; windows {' and '.join(f'{n} ({shape})' for shape, n in windows.items())}; "
+        f"one {found['environment']['device']}, against the faster of SDPA's {kernels}; flash-attn-4 was not there.",
+    ]
+    return "\n".join(lines)
+
+
+def dense_ends() -> str:
+    """The end of a prompt read densely in one layer, by the kernel that does it."""
+    found = json.loads((RESULTS / "h200_dense_end_kernels.json").read_text())
+    lines = ["| shape | tokens | dense at the end | flash kernel | mask |", "|---|---|---|---|---|"]
+    for row in found["rows"]:
+        times = (f"{row[key] * 1e3:.2f} ms" for key in ("flash_seconds", "mask_seconds"))
+        lines.append(f"| {row['shape']} | {row['tokens']} | {row['end_tokens']} | {' | '.join(times)} |")
+    environment = found["environment"]
+    lines += ["", f"bfloat16, one {environment['device']}, PyTorch {environment['torch']}, median of {found['repeats']}."]
     return "\n".join(lines)
 
 
@@ -255,7 +301,8 @@ def end_to_end() -> str:
         f"`{shipped['settings']['artifact']}` (single heads, window 4096) took {ends[0]['ttft_seconds']:.3f} s for "
         f"{ends[0]['length_tokens']} tokens read sparsely to their end and {ends[128]['ttft_seconds']:.3f} s with 128 dense "
         f"tokens there, with a cache of {ends[128]['decode_cache_bytes'] / 1e9:.2f} GB while decoding, on one "
-        f"{shipped['environment']['device']} beside other work (`h200_dense_end.json`); dense was not timed there.",
+        f"{shipped['environment']['device']} beside other work (`h200_dense_end.json`); dense was not timed there, "
+        "nor the flash kernel that reads this end now, in a quarter of the time ([docs/speed.md](docs/speed.md)).",
     ]
     return "\n".join(lines)
 
@@ -418,7 +465,7 @@ def speed_svg(found: dict[str, Any] | None = None) -> str:
 
 TABLES = {
     "smollm2": smollm2, "speedups": speedups, "variants": partial(speedups, variants=True), "end_to_end": end_to_end,
-    "layer": layer, "memory": memory_table, "serving_memory": serving_memory,
+    "layer": layer, "reads": reads, "dense_ends": dense_ends, "memory": memory_table, "serving_memory": serving_memory,
 }  # fmt: skip
 TABLES |= study_tables.TABLES
 PAGES = (

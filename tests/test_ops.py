@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils import checkpoint as torch_checkpoint
 
 from decoding import LAYERS, ladder, run_decode, split_roles
@@ -142,6 +143,25 @@ def test_retrieval_attention_without_index_is_dense(padding, pieces):
     visible = visible_slots(torch.arange(24, 41), torch.arange(41), real)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=SCALING)
     torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("without_mask", [False, True])  # as on a GPU, where nothing is padded
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), LENGTHS)
+def test_dense_attention_of_the_last_queries(slots, queries, padding, without_mask, monkeypatch):
+    q, k, v, *_ = make_inputs(2, 4, 2, slots, queries)
+    real = make_real(padding, 2, slots)
+    used = []
+    monkeypatch.setattr(prefill, "can_use_flash_attention", lambda _: without_mask)
+    monkeypatch.setattr(prefill, "causal_lower_right", lambda *size: used.append(size) or causal_lower_right(*size))
+    monkeypatch.setattr(prefill, "MASK_ELEMENTS", 5 * 4 * slots)
+    got = ops.dense_attention(q, k, v, scaling=SCALING, real=real)
+    visible = visible_slots(torch.arange(slots - queries, slots), torch.arange(slots), real)
+    keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, visible, scale=SCALING)
+    asked = visible.any(-1).expand(got.shape[:-1])  # padding's own rows mean nothing
+    torch.testing.assert_close(got[asked], want[asked], **TOLERANCE)
+    assert used == ([(queries, slots)] if without_mask and real is None else [])
 
 
 def test_single_unit_for_several_heads():

@@ -123,6 +123,23 @@ def test_the_figure_leaves_out_a_method_that_ran_on_few_tasks():
     assert at["tasks"] == ["a", "b", "c"]
 
 
+def test_other_budgets_are_compared_on_their_own_tasks():
+    cells = {f"ruler/4096/{task}/{name}": score(1.0) for task in "abc" for name in ("dense", "sparse", "quest", "snapkv")}
+    del cells["ruler/4096/c/snapkv"]
+    assert tables.curve(found(**cells)) == ""
+    cells |= {f"ruler/4096/{task}/quest@{times}": score(0.0) | {"bytes_ratio": times} for task in "ab" for times in (0.5, 2)}
+    cells["ruler/4096/b/sparse@0.001"] = score(1.0)  # 6 methods on 2 tasks against 7 on 1
+    at = tables.compared(found(**cells))
+    assert at["tasks"] == ["a", "b"]
+    assert list(at["scores"]) == ["dense", "sparse", "quest", "quest@0.5", "quest@2", "snapkv"]
+    lines = tables.curve(found(**cells)).splitlines()
+    assert lines[0] == "| RULER, 4096 tokens, 2 tasks | average | bytes read | a | b |"
+    assert lines[5] == "| quest@0.5 | 0.0% | 0.500 | 0.0% | 0.0% |"
+    rivals = tables.rivals(found(**cells))
+    assert "@" not in rivals
+    assert "| quest | 3 |" in rivals
+
+
 def test_sparse_reads_what_fidelity_measured():
     heads = {"query_heads": 2, "kv_heads": 2, "granularity": "group", "retrieval": [[0]]}
     made = {"heads": heads, "sparse": {"window_tokens": 1024, "sink_tokens": 4}, "base_model": {"head_dim": 64}}

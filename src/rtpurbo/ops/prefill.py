@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from .reference import (
@@ -99,7 +101,10 @@ MASK_ELEMENTS = 2**26
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
-    """Dense causal attention of the last queries, in pieces; a group's heads share keys and values.
+    """Dense causal attention of the last queries; a group's heads share keys and values.
+
+    In PyTorch's flash kernel where nothing is padded and it takes the tensors (on a GPU, in half precision), which needs
+    no mask; else with a mask, in pieces.
 
     Args:
         q: [B, Hq, T, D] queries of the last T slots.
@@ -110,6 +115,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Te
         [B, Hq, T, D]
     """
     group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
+    if real is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, group > 1)):
+        last = causal_lower_right(q.shape[2], len(slots))
+        return F.scaled_dot_product_attention(q, k, v, last, scale=scaling, enable_gqa=group > 1)
     size, stop, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), len(slots) - q.shape[2], []
     for part in q.split(size, 2):
         start, stop = stop, stop + part.shape[2]  # no query of this piece sees further
