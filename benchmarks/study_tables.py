@@ -516,6 +516,21 @@ def reached(found: Found, method: str = "sparse") -> dict[str, str]:
         tell(aim, f"{sparse / dense:.3f} on {len(pairs)} tasks", missed=sparse / dense < least)
     tell("no task below 0.95, beyond its interval", "; ".join(below) or "none" * ran, missed=bool(below))
 
+    end, gaps = "_end" if method in DENSE_ENDS else "", {}
+    for rival in (f"razor{end}", "quest", "snapkv", f"window{end}"):
+        at_16k = ruler_cells(found).get(16384, {}).values()
+        pairs = [(at[rival]["scores"], at[method]["scores"]) for at in at_16k if {rival, method} <= set(at)]
+        if pairs:
+            (theirs, ours), (low, high) = map(average, zip(*pairs, strict=True)), average_interval(pairs)
+            text = f"{100 * (ours - theirs):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) on {len(pairs)} tasks"
+            gaps[rival.removesuffix("_end")] = text, low, high
+    text, _, high = gaps.pop("razor", ("", 0.0, 0.0))
+    aim = "points of RULER at 16K ahead of dense retrieval heads and windows, which read more: at least 0"
+    tell(aim, text, missed=high < 0)
+    text = ", ".join(f"{name} {gap}" for name, (gap, _, _) in gaps.items())
+    aim = "the same, ahead of what reads as much: above 0 beyond the interval"
+    tell(aim, text, missed=any(low <= 0 for _, low, _ in gaps.values()))
+
     texts = result(found, "fidelity")
     worst = max(
         (change(part, "loss_dense", "loss_sparse") for row in texts.values() for part in row["by_position"]), default=0.0

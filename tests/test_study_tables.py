@@ -319,26 +319,31 @@ def test_aims_say_what_was_missed(monkeypatch):
         "squad": {"samples": 4, "f1": {"sparse": PAIR}},
     }
     worse = {**PAIR, "difference_95": [-0.5, -0.1]}
+    rivals = ("razor", 1.0), ("quest", 1.0), ("snapkv", 0.5)
     made = {"stages": {"calibrate": {}, "distill": {}}, "peak_gigabytes": {"calibrate": 12.0, "distill": 41.0}}
     bad = found(
         convert={**made, "seconds": {"calibrate": 60.0, "distill": 600.0}},
         fidelity={"novels 16384": loss(16384), "novels 32768": low}, short_context=short, needles={"needle": [PAIR, worse]},
         **cells(8192, 1.0), **cells(16384, 0.9),
+        **{f"ruler/16384/niah_a/{name}": score(*[value] * 8) for name, value in rivals},
     )  # fmt: skip
     (first, _), (second, _), *_ = [key for key in tables.CONVERSIONS if key[1] == "sparse"]
     monkeypatch.setattr(tables, "load", {first: bad, second: found()}.get)
     rows = [line.split(" | ") for line in tables.aims(len(tables.CONVERSIONS)).splitlines()]
     assert [row[1] for row in rows[2:]] == [
-        "1.000 on 2 tasks", "**0.950 on 2 tasks**", "–", "**16K: vt**", "**+3.50% (+0.50% on the whole)**", "5.0%",
+        "1.000 on 2 tasks", "**0.950 on 2 tasks**", "–", "**16K: vt**",
+        "+0.0 (+0.0 to +0.0) on 1 tasks",
+        "**quest +0.0 (+0.0 to +0.0) on 1 tasks, snapkv +50.0 (+50.0 to +50.0) on 1 tasks**",
+        "**+3.50% (+0.50% on the whole)**", "5.0%",
         "**5.0%**", "**92.5%**", "+0.50%, +0.50%", "f1 25.0% of 50.0%", "**1 of 2**",
         "**11 minutes, 41 GB**",
     ]  # fmt: skip
-    assert [row[2] for row in rows[2:]] == ["– |"] * 12
+    assert [row[2] for row in rows[2:]] == ["– |"] * 14
     good = found(
         fidelity={"novels 16384": {**loss(16384), "by_position": [{"loss_dense": 2.0, "loss_sparse": 2.01}]}},
         needles={"needle": [PAIR]}, convert={**made, "seconds": {"distill": 600.0}}, **cells(8192, 1.0),
     )  # fmt: skip
     assert list(tables.reached(good).values()) == [
-        "1.000 on 2 tasks", "–", "–", "none", "+0.50% (+0.50% on the whole)", "5.0%", "–", "97.5%", "–", "–", "1 of 1",
-        "–",
+        "1.000 on 2 tasks", "–", "–", "none", "–", "–", "+0.50% (+0.50% on the whole)", "5.0%", "–", "97.5%", "–", "–",
+        "1 of 1", "–",
     ]  # fmt: skip
