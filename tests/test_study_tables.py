@@ -333,7 +333,7 @@ def test_aims_say_what_was_missed(monkeypatch):
     assert [row[1] for row in rows[2:]] == [
         "1.000 on 2 tasks", "**0.950 on 2 tasks**", "–", "**16K: vt**",
         "+0.0 (+0.0 to +0.0) on 1 tasks",
-        "**quest +0.0 (+0.0 to +0.0) on 1 tasks, snapkv +50.0 (+50.0 to +50.0) on 1 tasks**",
+        "**quest +0.0 (+0.0 to +0.0) on 1 tasks**, snapkv +50.0 (+50.0 to +50.0) on 1 tasks",
         "**+3.50% (+0.50% on the whole)**", "5.0%",
         "**5.0%**", "**92.5%**", "+0.50%, +0.50%", "f1 25.0% of 50.0%", "**1 of 2**",
         "**11 minutes, 41 GB**",
