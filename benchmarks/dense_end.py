@@ -12,6 +12,7 @@ from environment import environment
 from torch import Tensor
 
 from rtpurbo.checkpoint import write_json
+from rtpurbo.evals.layer_speed import _seconds
 from rtpurbo.ops import dense_attention
 
 SHAPES = ((14, 2, 64), (32, 8, 128), (32, 4, 128))
@@ -20,17 +21,9 @@ REPEATS = 20
 
 
 def seconds(function: Callable[[], Tensor]) -> float:
-    """Median GPU time of a call."""
+    """Median GPU time of a call, launched from Python as a model does."""
     function()
-    taken = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(taken)
+    return statistics.median(_seconds(function, torch.device("cuda")) for _ in range(REPEATS))
 
 
 def main() -> None:

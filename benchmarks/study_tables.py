@@ -158,11 +158,11 @@ def our_reading(found: Found) -> str:
     return "dense_end" if any(name.endswith("/dense_end") for name in found["cells"]) else "sparse"
 
 
-def both(tasks: dict[str, dict[str, Found]], method: str = "sparse") -> dict[str, tuple[list[float], list[float]]]:
-    """Task -> scores of the dense model and of a method, where both ran."""
-    return {
-        task: (at["dense"]["scores"], at[method]["scores"]) for task, at in tasks.items() if {"dense", method} <= set(at)
-    }
+def both(
+    tasks: dict[str, dict[str, Found]], method: str = "sparse", beside: str = "dense"
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Task -> scores of another method, by default the dense model, and of a method, where both ran."""
+    return {task: (at[beside]["scores"], at[method]["scores"]) for task, at in tasks.items() if {beside, method} <= set(at)}
 
 
 def lost(pair: Found) -> bool:
@@ -518,8 +518,7 @@ def reached(found: Found, method: str = "sparse") -> dict[str, str]:
 
     end, gaps = "_end" if method in DENSE_ENDS else "", {}
     for rival in (f"razor{end}", "quest", "snapkv", f"window{end}"):
-        at_16k = ruler_cells(found).get(16384, {}).values()
-        pairs = [(at[rival]["scores"], at[method]["scores"]) for at in at_16k if {rival, method} <= set(at)]
+        pairs = list(both(ruler_cells(found).get(16384, {}), method, rival).values())
         if pairs:
             (theirs, ours), (low, high) = map(average, zip(*pairs, strict=True)), average_interval(pairs)
             text = f"{100 * (ours - theirs):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) on {len(pairs)} tasks"

@@ -195,13 +195,13 @@ def speedups(*, variants: bool = False) -> str:
     shape, environment = found["shape"], found["environment"]
     single = json.loads((RESULTS / "h200_dense_end.json").read_text())["rows"]
     reading = json.loads((RESULTS / "h200_layer_reads.json").read_text())
-    real = [
-        f"{row['speedup']:.1f}"
-        for mode, share in (("heads", 0.6), ("groups", 0.2))
+    same = f"{shape['query_heads']}/{shape['kv_heads']}/{shape['head_dim']}"
+    at_share = {
+        (row["mode"], row["prefill_far_ratio"], row["slots"]): f"{row['speedup']:.1f}"
         for row in reading["rows"]
-        if (row["mode"], row["prefill_far_ratio"]) == (mode, share)
-        and row["shape"] == f"{shape['query_heads']}/{shape['kv_heads']}/{shape['head_dim']}"
-    ]
+        if row["shape"] == same
+    }
+    dense = {row["dense_backend"] for row in reading["rows"] if row["shape"] == same}
     tiles = [row["selected_shares"]["prefill_tile"] for row in single if row["dense_end_tokens"] == 128]
     lines += [
         "",
@@ -215,9 +215,10 @@ def speedups(*, variants: bool = False) -> str:
         "to 2.8 % (novels), a tile of 16 positions reads 13 to 21 % (`qwen25_coder_05b_reads.json`). Single heads of the "
         f"shipped artefact agree less: a tile reads {min(tiles):.0%} of the far tokens at 32K and {max(tiles):.0%} at 16K "
         "(`h200_dense_end.json`), so that their prefill gains less than here: with 60 % it is "
-        f"{real[0]} times as fast at 32K and {real[1]} times at 128K, groups with 20 % {real[2]} and {real[3]} times, on "
-        f"one {reading['environment']['device']} against SDPA's cuDNN (`h200_layer_reads.json`). Variants, times, rates "
-        "and the share of the index: [docs/speed.md](docs/speed.md).",
+        f"{at_share['heads', 0.6, 32768]} times as fast at 32K and {at_share['heads', 0.6, 131072]} times at 128K, groups "
+        f"with 20 % {at_share['groups', 0.2, 32768]} and {at_share['groups', 0.2, 131072]} times, on one "
+        f"{reading['environment']['device']} against SDPA's {' and '.join(sorted(dense))} kernel "
+        "(`h200_layer_reads.json`). Variants, times, rates and the share of the index: [docs/speed.md](docs/speed.md).",
     ]
     return "\n".join(lines)
 

@@ -114,10 +114,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Te
     Returns:
         [B, Hq, T, D]
     """
-    group, slots = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
+    group = q.shape[1] // k.shape[1]
     if real is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, group > 1)):
-        last = causal_lower_right(q.shape[2], len(slots))
+        last = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, last, scale=scaling, enable_gqa=group > 1)
+    slots = torch.arange(k.shape[2], device=q.device)
     size, stop, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), len(slots) - q.shape[2], []
     for part in q.split(size, 2):
         start, stop = stop, stop + part.shape[2]  # no query of this piece sees further
