@@ -35,6 +35,9 @@ MODELS = {
 RECIPES = {
     "study_qwen25_coder_05b_32k": "window 4096; adapter in layers 0 to 11, 300 steps of two of 32K; last 128 tokens dense",
     "study_qwen25_coder_05b_32k_index_only": "the same heads and index, the same end; no stage 2",
+    "study_qwen25_coder_05b_32k_dense_question_ends": "the same heads and index; questions in stage 2 end densely too",
+    "study_qwen25_coder_05b_32k_dense_question_ends_1e_4": "the same at a rate of 1e-4",
+    "study_qwen25_coder_05b_16k_dense_question_ends": "the same at 3e-4, 300 steps of four of 16K",
     "study_qwen25_coder_05b_paper": "window 4096; the paper's recipe (heads by a span, p 0.9, 600 steps of all weights)",
     "study_qwen25_coder_05b_first_half": "window 4096; adapter in layers 0 to 11, 300 steps of four documents at 3e-4",
     "study_qwen25_coder_05b_window_4096": "the same heads and index; adapter in all layers, 500 steps",
@@ -67,6 +70,7 @@ RECIPES = {
 """File -> what recipes of Qwen2.5-Coder-0.5B differ in."""
 CONVERSIONS = {
     ("study_qwen25_coder_05b_32k", "dense_end"): "window 4096, half of the layers, 300 x 2 of 32K, last 128 tokens dense",
+    ("study_qwen25_coder_05b_32k_dense_question_ends_1e_4", "dense_end"): "the same, questions in stage 2 too, at 1e-4",
     ("study_qwen25_coder_05b_first_half", "sparse"): "window 4096, adapter in half of the layers, 300 x 4 at 3e-4",
     ("study_qwen25_coder_05b_window_4096", "sparse"): "window 4096, all layers, 500 x 4 at 3e-4",
     ("study_qwen25_coder_05b", "sparse"): "window 2048, all layers, 400 x 2 at 5e-4",
@@ -636,9 +640,9 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
             parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
             x, y = drawn[0 if method in READS else -1]
-            if method in READS:  # left of its point, where no other label is
-                ours.append(max([y, *(b + 14 for b in ours)]))
-                text(x - 8, ours[-1] + 4, method, "end", colour)
+            if method in READS:  # left of its point, where no other label is; below a line, which others may cross
+                ours.append(max([y + 18 * (len(drawn) > 1), *(b + 14 for b in ours)]))
+                text(x - 8, ours[-1] + 4, method, "end" if len(drawn) == 1 else "start", colour)
                 continue
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
             taken.append((x, below))
