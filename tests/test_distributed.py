@@ -30,6 +30,8 @@ from tiny_text import artifact_for, everything_of, prose, random_model, word_tok
 
 WORLD = 2
 KINDS = ("ddp", "fsdp")
+WHAT = ("lora", "full", "tied", "questions")
+"""An adapter, all weights, all weights of a model with tied embeddings, an adapter by documents with questions."""
 
 
 def index_config(**changes) -> IndexerConfig:
@@ -47,7 +49,14 @@ def distill_config(weights: str, **changes) -> DistillConfig:
         "learning_rate": 1e-3,
         "save_every": 2,
     }
-    return DistillConfig(weights=weights, retrieval_ratio=0.0, **{**settings, **changes})
+    return DistillConfig(weights=weights, **{"retrieval_ratio": 0.0, **settings, **changes})
+
+
+def distill_settings(what: str, **changes) -> DistillConfig:
+    """Of one of WHAT."""
+    if what == "questions":
+        changes |= {"length_tokens": 256, "retrieval_ratio": 1.0, "answer_weight": 0.5}
+    return distill_config({"tied": "full", "questions": "lora"}.get(what, what), **changes)
 
 
 def calibrated(model) -> Artifact:
@@ -100,10 +109,10 @@ def worker(folder: Path) -> None:
     tied = random_model(tie_word_embeddings=True)
     tied_made = train_indexer(tied, tokenizer, calibrated(tied), ["prose.txt"], index_config(steps=0), accelerator=made)
     for kind in KINDS:
-        for weights in ("lora", "full", "tied"):
+        for weights in WHAT:
             made = accelerator(kind)
             base, artifact = (tied, tied_made) if weights == "tied" else (model, indexed)
-            config = distill_config("full" if weights == "tied" else weights)
+            config = distill_settings(weights)
             done = distill(base, tokenizer, artifact, ["prose.txt"], config, work=own / kind / weights, accelerator=made)
             if made.is_main_process:
                 done.save(f"{kind}-{weights}")
@@ -203,18 +212,18 @@ def test_stage_1_is_that_of_one_process(folder, found, single):
 def test_processes_end_with_the_same_index(found):
     assert found[0]["indexer"] == found[1]["indexer"]
     for kind in KINDS:
-        for weights in ("lora", "full", "tied"):
+        for weights in WHAT:
             assert found[0][f"{kind}-{weights}"]["metrics"] == found[1][f"{kind}-{weights}"]["metrics"]
 
 
-@pytest.mark.parametrize("weights", ["lora", "full", "tied"])
+@pytest.mark.parametrize("weights", WHAT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_2_is_that_of_one_process(folder, single, tmp_path, kind, weights):
     model, indexed = single
     if weights == "tied":
         model = random_model(tie_word_embeddings=True)
         indexed = train_indexer(model, word_tokenizer(), calibrated(model), ["prose.txt"], index_config(steps=0))
-    config = distill_config("full" if weights == "tied" else weights, batch_size=WORLD)
+    config = distill_settings(weights, batch_size=WORLD)
     want = distill(model, word_tokenizer(), indexed, ["prose.txt"], config, work=tmp_path)
     got = Artifact.load(folder / f"{kind}-{weights}")
     for a, b in zip(history(folder / "rank0" / kind / weights), history(tmp_path), strict=True):
@@ -223,7 +232,7 @@ def test_stage_2_is_that_of_one_process(folder, single, tmp_path, kind, weights)
     state = load_file(folder / "rank0" / kind / weights / "state.safetensors")
     for name, t in load_file(tmp_path / "state.safetensors").items():
         torch.testing.assert_close(state[name], t, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-        if name.startswith("parameter.") and weights != "lora":
+        if name.startswith("parameter.") and weights in ("full", "tied"):
             assert not torch.equal(t, start[name.removeprefix("parameter.")])
     mine, theirs = weights_of(got), weights_of(want)
     assert mine.keys() == theirs.keys()

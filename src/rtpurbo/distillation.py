@@ -214,7 +214,7 @@ def distill(
             losses = losses.view_as(weights)
             return {
                 "loss": (losses * weights).sum() / len(some),
-                "text_kl": (losses.detach() * text).sum() / text.sum().clamp(min=1),
+                "text_kl": ((losses.detach() * text).sum(-1) / text.sum(-1).clamp(min=1)).mean(),
                 "top1_agreement": (same.sum(-1) / counted.sum(-1)).mean(),
             }
 
