@@ -12,7 +12,7 @@ from environment import environment
 from torch import Tensor
 
 from rtpurbo.checkpoint import write_json
-from rtpurbo.evals.layer_speed import _seconds
+from rtpurbo.evals.layer_speed import call_seconds
 from rtpurbo.ops import dense_attention
 
 SHAPES = ((14, 2, 64), (32, 8, 128), (32, 4, 128))
@@ -23,7 +23,7 @@ REPEATS = 20
 def seconds(function: Callable[[], Tensor]) -> float:
     """Median GPU time of a call, launched from Python as a model does."""
     function()
-    return statistics.median(_seconds(function, torch.device("cuda")) for _ in range(REPEATS))
+    return statistics.median(call_seconds(function, torch.device("cuda")) for _ in range(REPEATS))
 
 
 def main() -> None:

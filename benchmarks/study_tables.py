@@ -636,13 +636,13 @@ def results_svg(found: dict[str, Found | None] | None = None) -> str | None:
         for method, places in sorted(at.items(), key=lambda item: -item[1][-1][1]):
             colour = "#e0702a" if method in READS else "#3b8ed0"
             drawn = [(left + 10 + 300 * ratio, 330 - 280 * score) for ratio, score in places]
-            line = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
-            parts += [f'<path d="M{line}" stroke="{colour}"/>'] if len(drawn) > 1 else []
+            line = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn) if len(drawn) > 1 else ""
+            parts += [f'<path d="M{line}" stroke="{colour}"/>'] if line else []
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in drawn]
             x, y = drawn[0 if method in READS else -1]
             if method in READS:  # left of its point, where no other label is; below a line, which others may cross
-                ours.append(max([y + 18 * (len(drawn) > 1), *(b + 14 for b in ours)]))
-                text(x - 8, ours[-1] + 4, method, "end" if len(drawn) == 1 else "start", colour)
+                ours.append(max([y + 18 if line else y, *(b + 14 for b in ours)]))
+                text(x - 8, ours[-1] + 4, method, "start" if line else "end", colour)
                 continue
             below = max([y, *(b + 14 for a, b in taken if abs(a - x) < 60)])  # labels that would overlap are pushed down
             taken.append((x, below))

@@ -39,8 +39,11 @@ def index_config(**changes) -> IndexerConfig:
     return IndexerConfig(retrieval_ratio=0.0, **{**settings, **changes})
 
 
-def distill_config(weights: str, **changes) -> DistillConfig:
+def distill_config(what: str, **changes) -> DistillConfig:
+    """Of one of WHAT."""
     settings = {
+        "weights": {"tied": "full", "questions": "lora"}.get(what, what),
+        "retrieval_ratio": 0.0,
         "steps": 4,
         "batch_size": 1,
         "length_tokens": 96,
@@ -49,14 +52,9 @@ def distill_config(weights: str, **changes) -> DistillConfig:
         "learning_rate": 1e-3,
         "save_every": 2,
     }
-    return DistillConfig(weights=weights, **{"retrieval_ratio": 0.0, **settings, **changes})
-
-
-def distill_settings(what: str, **changes) -> DistillConfig:
-    """Of one of WHAT."""
     if what == "questions":
-        changes |= {"length_tokens": 256, "retrieval_ratio": 1.0, "answer_weight": 0.5}
-    return distill_config({"tied": "full", "questions": "lora"}.get(what, what), **changes)
+        settings |= {"length_tokens": 256, "retrieval_ratio": 1.0, "answer_weight": 0.5}
+    return DistillConfig(**settings | changes)
 
 
 def calibrated(model) -> Artifact:
@@ -112,7 +110,7 @@ def worker(folder: Path) -> None:
         for weights in WHAT:
             made = accelerator(kind)
             base, artifact = (tied, tied_made) if weights == "tied" else (model, indexed)
-            config = distill_settings(weights)
+            config = distill_config(weights)
             done = distill(base, tokenizer, artifact, ["prose.txt"], config, work=own / kind / weights, accelerator=made)
             if made.is_main_process:
                 done.save(f"{kind}-{weights}")
@@ -223,7 +221,7 @@ def test_stage_2_is_that_of_one_process(folder, single, tmp_path, kind, weights)
     if weights == "tied":
         model = random_model(tie_word_embeddings=True)
         indexed = train_indexer(model, word_tokenizer(), calibrated(model), ["prose.txt"], index_config(steps=0))
-    config = distill_settings(weights, batch_size=WORLD)
+    config = distill_config(weights, batch_size=WORLD)
     want = distill(model, word_tokenizer(), indexed, ["prose.txt"], config, work=tmp_path)
     got = Artifact.load(folder / f"{kind}-{weights}")
     for a, b in zip(history(folder / "rank0" / kind / weights), history(tmp_path), strict=True):

@@ -400,11 +400,11 @@ def median_seconds(functions: Sequence[Callable[[], Any]], *, device: torch.devi
     A call of more than LONG_SECONDS is timed once.
     """
     functions[0]()
-    once = _seconds(functions[0], device)
+    once = call_seconds(functions[0], device)
     if once > LONG_SECONDS:
         return once, 1
     if device.type != "cuda":
-        return statistics.median(_seconds(functions[i % len(functions)], device) for i in range(repeats)), repeats
+        return statistics.median(call_seconds(functions[i % len(functions)], device) for i in range(repeats)), repeats
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -416,10 +416,10 @@ def median_seconds(functions: Sequence[Callable[[], Any]], *, device: torch.devi
         for function in functions:
             function()
     graph.replay()
-    return statistics.median(_seconds(graph.replay, device) for _ in range(repeats)) / len(functions), repeats
+    return statistics.median(call_seconds(graph.replay, device) for _ in range(repeats)) / len(functions), repeats
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def call_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, on a GPU those between two events on its stream."""
     if device.type != "cuda":
         begin = time.perf_counter()
