@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rtpurbo import distillation
 from rtpurbo.attach import attached, sparsify
+from rtpurbo.cache import CACHE
 from rtpurbo.config import DistillConfig, IndexerConfig
 from rtpurbo.data import documents
 from rtpurbo.distillation import HELD_OUT_DOCUMENTS, _rose, distill, top_kl, training_batch
@@ -151,7 +152,7 @@ def test_losses_in_pieces_have_the_same_gradients(monkeypatch, dtype):
 
 def training_example(document, tokenizer, config, turn, shortest_tokens):
     """The batch of one document: tokens, labels, weights."""
-    tokens, labels, weights, _ = training_batch(
+    tokens, labels, weights, _, _ = training_batch(
         [document], tokenizer, config, step=turn, first=turn, shortest_tokens=shortest_tokens
     )
     return tokens[0], labels, weights[0]
@@ -177,7 +178,7 @@ def test_labels_are_every_answer_and_random_places(tokenizer, source):
     lists = 0
     for turn in range(20):
         tokens, labels, _ = training_example(document, tokenizer, config, turn, 512)
-        _, answers = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}:0")
+        _, answers, _ = mixed_document(document, tokenizer, retrieval_ratio=1.0, seed=f"{config.seed}:{turn}:0")
         places = labels.tolist()
         assert len(tokens) == 256
         assert places == sorted(set(places))
@@ -221,7 +222,7 @@ def test_answers_share_their_weight(tokenizer, source, weight):
         config = dataclasses.replace(CONFIG, retrieval_ratio=ratio, answer_weight=weight)
         for turn in range(10):
             tokens, labels, weights = training_example(document, tokenizer, config, turn, 512)
-            _, answers = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}:0")
+            _, answers, _ = mixed_document(document, tokenizer, retrieval_ratio=ratio, seed=f"{config.seed}:{turn}:0")
             assert bool(answers) == bool(ratio)
             assert torch.equal(tokens, document) != bool(answers)
             is_answer = torch.isin(labels, torch.tensor(answers, dtype=torch.long))
@@ -236,7 +237,7 @@ def test_the_loss_is_the_weighted_sum(model, made, tokenizer, source, loss_input
     config = dataclasses.replace(CONFIG, steps=1, retrieval_ratio=1.0, save_every=0)
     done = distill(model, tokenizer, made, [source], config)
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=1, seed=config.seed + 1)
-    _, _, weights, expected = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
+    _, _, weights, expected, _ = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
     ((student, teacher),) = loss_inputs
     wrong = (expected[0] >= 0) & (teacher.argmax(-1) != expected[0])
     assert wrong.any()  # of an untrained model: answers that nobody should learn
@@ -347,15 +348,18 @@ def test_a_batch_weighs_every_document_alike(tokenizer, source):
     config = dataclasses.replace(CONFIG, retrieval_ratio=0.5, answer_weight=0.25)
     cut = set()
     for turn in range(12):
-        tokens, labels, weights, expected = training_batch(texts, tokenizer, config, step=turn, first=7, shortest_tokens=128)
+        tokens, labels, weights, expected, ends = training_batch(
+            texts, tokenizer, config, step=turn, first=7, shortest_tokens=128, dense_end_tokens=20
+        )
         cut.add(tokens.shape[1])
         assert tokens.shape[0] == weights.shape[0] == 3
         assert labels.tolist() == sorted(set(labels.tolist()))
         torch.testing.assert_close(weights.sum(-1), torch.ones(3))
         for i, text in enumerate(texts):
             part = text[: tokens.shape[1]]
-            row, answers = mixed_document(part, tokenizer, retrieval_ratio=0.5, seed=f"{config.seed}:{7 + i}:0")
+            row, answers, prompt = mixed_document(part, tokenizer, retrieval_ratio=0.5, seed=f"{config.seed}:{7 + i}:0")
             assert torch.equal(tokens[i], row)
+            assert ends[i] == ([(prompt - 20, prompt)] if answers else [])
             assert set(answers) <= set(labels.tolist())
             alone = training_batch([text], tokenizer, config, step=turn, first=7 + i, shortest_tokens=128)
             mine = weights[i] > 0
@@ -374,31 +378,61 @@ def test_pieces_of_a_document_have_questions_of_their_own(tokenizer, source):
     config = dataclasses.replace(CONFIG, retrieval_ratio=1.0)
     starts = set()
     for turn in range(40):
-        tokens, labels, _, expected = training_batch([text], tokenizer, config, step=0, first=turn, shortest_tokens=2048)
+        tokens, labels, _, expected, questions = training_batch(
+            [text], tokenizer, config, step=0, first=turn, shortest_tokens=2048, dense_end_tokens=600
+        )
         answers = labels[expected[0] >= 0]
+        assert {stop - 1 for _, stop in questions[0]} <= set(answers.tolist()) - {int(t) + 1 for t in answers}
         assert torch.equal(tokens[0, answers + 1], expected[0][expected[0] >= 0])
         ends = {int(t) + 2 for t in answers if t + 2 == 2048 or int(t) + 1 not in answers.tolist()}
         asked = [size for size in (2048, 1024, 512) if set(range(size, 2049, size)) <= ends]
         assert asked
+        begins = range(0, 2048, asked[-1])
+        assert [first for first, _ in questions[0]] == [
+            max(begin, stop - 600) for begin, (_, stop) in zip(begins, questions[0], strict=True)
+        ]
+        after = [begin + asked[-1] - stop for begin, (_, stop) in zip(begins, questions[0], strict=True)]
+        assert all(0 < tokens_left < 256 for tokens_left in after)  # a piece's own answers, not those of an example before
         starts.add(asked[-1])
     assert starts == {512, 1024, 2048}
 
 
-def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, source, loss_inputs):
-    config = dataclasses.replace(CONFIG, steps=1, batch_size=2, save_every=0)
+@pytest.mark.parametrize("dense_end_tokens", [0, 20])
+def test_a_batch_of_two_is_the_mean_of_its_documents(model, made, tokenizer, source, loss_inputs, dense_end_tokens):
+    """A question's end is read as generation reads it: as the end of a prompt, with a cache."""
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=2, save_every=0, retrieval_ratio=1.0, answer_weight=0.5)
+    made = dataclasses.replace(made, config=made.config.with_options(dense_end_tokens=dense_end_tokens))
     both = distill(model, tokenizer, made, [source], config).stages["distill"]["metrics"]
     texts = documents([source], tokenizer, length_tokens=LENGTH, count=2, seed=config.seed + 1)
-    tokens, labels, weights, expected = training_batch(texts, tokenizer, config, step=0, first=0, shortest_tokens=512)
+    tokens, labels, weights, expected, ends = training_batch(
+        texts, tokenizer, config, step=0, first=0, shortest_tokens=512, dense_end_tokens=20
+    )
     means = []
     with torch.no_grad():
-        for row, weight, answer in zip(tokens, weights, expected, strict=True):
+        for row, weight, answer, ((first, end),) in zip(tokens, weights, expected, ends, strict=True):
             dense = model(row[None]).logits[0, labels]
+            cache = DynamicCache(config=model.config)
             with attached(model, made.heads, made.config, made.indexer):
-                sparse = model(row[None]).logits[0, labels]
+                assert first == end - 20
+                parts = row[None].tensor_split([end, end + 1], 1)
+                sparse = torch.cat([model(part, **{CACHE: cache}).logits[0] for part in parts if part.shape[1]])[labels]
             known = (answer >= 0) & (dense.argmax(-1) == answer)
             loss = brute_force_nll(sparse, answer).where(known, brute_force_kl(sparse, dense, 10))
             means.append((loss * weight).sum().item())
     assert both["loss_first"] == pytest.approx(sum(means) / 2, rel=1e-3)
+
+
+def test_ends_are_read_again_as_they_were(model, made, tokenizer, source):
+    """Where activations are computed anew in the backward pass."""
+    made = dataclasses.replace(made, config=made.config.with_options(dense_end_tokens=20))
+    config = dataclasses.replace(CONFIG, steps=3, batch_size=2, save_every=0, retrieval_ratio=1.0, answer_weight=0.5)
+    again = distill(model, tokenizer, made, [source], config)
+    kept = distill(model, tokenizer, made, [source], dataclasses.replace(config, gradient_checkpointing=False))
+    for name, tensor in tensors(kept).items():
+        torch.testing.assert_close(tensors(again)[name], tensor)
+    sparsely = dataclasses.replace(made, config=made.config.with_options(dense_end_tokens=0))
+    other = distill(model, tokenizer, sparsely, [source], config)
+    assert again.stages["distill"]["metrics"]["loss_first"] != other.stages["distill"]["metrics"]["loss_first"]
 
 
 def test_harm_is_noted(model, made, tokenizer, source):

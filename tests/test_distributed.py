@@ -31,7 +31,7 @@ from tiny_text import artifact_for, everything_of, prose, random_model, word_tok
 WORLD = 2
 KINDS = ("ddp", "fsdp")
 WHAT = ("lora", "full", "tied", "questions")
-"""An adapter, all weights, all weights of a model with tied embeddings, an adapter by documents with questions."""
+"""An adapter, all weights, all weights of a model with tied embeddings, an adapter by questions whose ends are dense."""
 
 
 def index_config(**changes) -> IndexerConfig:
@@ -55,6 +55,10 @@ def distill_config(what: str, **changes) -> DistillConfig:
     if what == "questions":
         settings |= {"length_tokens": 256, "retrieval_ratio": 1.0, "answer_weight": 0.5}
     return DistillConfig(**settings | changes)
+
+
+def with_dense_ends(artifact: Artifact) -> Artifact:
+    return dataclasses.replace(artifact, config=artifact.config.with_options(dense_end_tokens=20))
 
 
 def calibrated(model) -> Artifact:
@@ -110,6 +114,7 @@ def worker(folder: Path) -> None:
         for weights in WHAT:
             made = accelerator(kind)
             base, artifact = (tied, tied_made) if weights == "tied" else (model, indexed)
+            artifact = with_dense_ends(artifact) if weights == "questions" else artifact
             config = distill_config(weights)
             done = distill(base, tokenizer, artifact, ["prose.txt"], config, work=own / kind / weights, accelerator=made)
             if made.is_main_process:
@@ -221,6 +226,8 @@ def test_stage_2_is_that_of_one_process(folder, single, tmp_path, kind, weights)
     if weights == "tied":
         model = random_model(tie_word_embeddings=True)
         indexed = train_indexer(model, word_tokenizer(), calibrated(model), ["prose.txt"], index_config(steps=0))
+    if weights == "questions":
+        indexed = with_dense_ends(indexed)
     config = distill_config(weights, batch_size=WORLD)
     want = distill(model, word_tokenizer(), indexed, ["prose.txt"], config, work=tmp_path)
     got = Artifact.load(folder / f"{kind}-{weights}")

@@ -282,13 +282,13 @@ def test_queries_of_answers_are_used_in_every_step(model, tokenizer, source, mon
     )
     train_indexer(model, tokenizer, artifact(model, "one layer"), [source], dataclasses.replace(config, start="random"))
     for turn, rows in enumerate(seen[: config.steps]):
-        _, answers = wanted[indexer_training._shuffled(turn, config.documents, config.seed)]
+        _, answers, _ = wanted[indexer_training._shuffled(turn, config.documents, config.seed)]
         assert answers
         always = sorted({*answers, *range(LENGTH - QUESTION_TOKENS, LENGTH)})
         assert rows[: len(always)] == always
         assert len(rows) == len(always) + config.queries
     assert {tuple(t.tolist()) for t in captured} == {
-        *(tuple(t.tolist()) for t, _ in wanted),
+        *(tuple(t.tolist()) for t, _, _ in wanted),
         *(tuple(t.tolist()) for t in texts[-MEASURED_DOCUMENTS:]),
     }
 

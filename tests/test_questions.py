@@ -164,9 +164,11 @@ def test_some_training_questions_have_an_example(byte_tokenizer):
     haystack = torch.tensor(byte_tokenizer(prose(900)).input_ids)[:3000]
     found = []
     for seed in range(200):
-        tokens, answers = mixed_document(haystack, byte_tokenizer, retrieval_ratio=1.0, seed=str(seed))
+        tokens, answers, prompt = mixed_document(haystack, byte_tokenizer, retrieval_ratio=1.0, seed=str(seed))
         assert len(tokens) == 3000
         found.append(answers[0] < 512)
+        own = [t for t in answers if t >= 512]
+        assert prompt == own[0] + 1 > 2800  # the document's question, not the example's
     assert 0.1 < sum(found) / 200 < 0.5
 
 
@@ -333,12 +335,15 @@ def test_mixed_documents(tokenizer):
     document = torch.tensor(tokenizer(prose(400)).input_ids)[:400]
     found = {"plain": 0, "span": 0, "question": 0}
     for i in range(60):
-        tokens, answers = mixed_document(document, tokenizer, retrieval_ratio=0.75, seed=str(i))
+        tokens, answers, prompt = mixed_document(document, tokenizer, retrieval_ratio=0.75, seed=str(i))
         assert len(tokens) == 400
         if not answers:
             assert torch.equal(tokens, document)
+            assert prompt == 0
             found["plain"] += 1
-        elif torch.equal(tokens[:4], document[:4]) and len(answers) == SPAN_TOKENS - KNOWN_TOKENS - 1:
+            continue
+        assert prompt == answers[0] + 1
+        if torch.equal(tokens[:4], document[:4]) and len(answers) == SPAN_TOKENS - KNOWN_TOKENS - 1:
             found["span"] += 1
             assert answers == list(range(400 - SPAN_TOKENS + KNOWN_TOKENS, 399))
             last = tokens[-SPAN_TOKENS:]

@@ -218,6 +218,17 @@ def reading(model: nn.Module) -> Iterator[None]:
             state.reading = False
 
 
+def read_densely(model: nn.Module, ends: list[list[tuple[int, int]]]) -> None:
+    """From now on, all heads read parts of documents without a cache densely: a forward pass and its backward pass, which
+    may compute it again, so see what generation would where a prompt ends (`dense_end_tokens`).
+
+    Args:
+        ends: for each document of the batch (first, stop) of such parts, none or more; []: no part of any.
+    """
+    for state in _states(model):
+        state.dense_ends = ends
+
+
 def dense_end_tokens(model: nn.Module) -> int:
     """Last tokens of a prompt that all heads of this model read densely; 0 for a dense model."""
     return max((state.config.dense_end_tokens for state in _states(model)), default=0)

@@ -60,6 +60,8 @@ class LayerState:
     recorder: Recorder | None = None
     reading: bool = False
     """Whether what is read begins a prompt that goes on; see `attach.reading`."""
+    dense_ends: list[list[tuple[int, int]]] = field(default_factory=list)
+    """For each document of a batch the positions (first, stop) that all heads read densely; see `attach.read_densely`."""
     retrieval: list[int] = field(init=False)
     local: list[int] = field(init=False)
     full_kv: list[int] = field(init=False)
@@ -163,6 +165,13 @@ def sparse_forward(
         index_q = indexer.project_queries(q_pre).to(k.dtype) if selects and not below else None  # type: ignore[union-attr]
         attend = _decode if q.shape[2] == 1 and not torch.is_grad_enabled() else _prefill
         out = attend(q, view, index_q, state, self.scaling, real)  # type: ignore[arg-type]
+        if layer is None and any(state.dense_ends):
+            out = out.clone()
+            for i, ends in enumerate(state.dense_ends):
+                for first, stop in ends:
+                    some = q[i, None, :, first:stop], k[i, None, :, :stop], v[i, None, :, :stop]
+                    seen = None if real is None else real[i, None, :stop]
+                    out[i, None, :, first:stop] = ops.dense_attention(*some, scaling=self.scaling, real=seen)  # type: ignore[arg-type]
         if layer is not None and end and prompt and not goes_on:
             last = ops.dense_attention(q[:, :, -end:], *layer.all_heads(), scaling=self.scaling, real=real)  # type: ignore[arg-type]
             out = torch.cat([out[:, :, : -last.shape[2]], last], 2)

@@ -70,7 +70,8 @@ class SparseConfig:
     dense_end_tokens: int = 0
     """Last tokens of a prompt that all heads read densely; more than it has: all of it. The question, as a rule: 128 add as
     many rows of attention. Decode is sparse; so is what is read after local heads have dropped tokens (in an earlier piece
-    of a longer prompt, or in decode), and what is read without a cache: documents, in training and evaluation."""
+    of a longer prompt, or in decode), and what is read without a cache: documents, in training and evaluation. Stage 2
+    reads the end of each question as a prompt's."""
 
     def __post_init__(self) -> None:
         _require(self.window_tokens >= 1, "window_tokens", "at least 1 token", self.window_tokens)

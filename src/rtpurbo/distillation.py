@@ -2,7 +2,8 @@
 
 1. Documents as long as the context, half of them cut to a half or a quarter of it, so that short contexts stay as they
    were, some joined from pieces; a share of documents and pieces ends with a synthetic retrieval question.
-2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one.
+2. Teacher: the dense model (adapter switched off, or a frozen copy when all weights are trained). Student: the sparse one,
+   which reads the end of a question densely where it will do so in generation (`dense_end_tokens`).
 3. Labels: random positions (those before the window is full too: training must not spoil what is not sparse) and every
    synthetic answer. Where the teacher would say something else, what it would say is the label: what it does not find,
    nobody learns from it, and how it begins an answer stays its own.
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from .attach import attach, checkpoint_activations, detach, gives_back, paused
+from .attach import attach, checkpoint_activations, detach, gives_back, paused, read_densely
 from .checkpoint import Artifact, check_fingerprint, writing
 from .config import DistillConfig
 from .data import documents
@@ -99,32 +100,45 @@ def label_losses(student: Tensor, teacher: Tensor, expected: Tensor, top: int) -
 
 
 def training_batch(
-    texts: list[Tensor], tokenizer: Any, config: DistillConfig, *, step: int, first: int, shortest_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    texts: list[Tensor],
+    tokenizer: Any,
+    config: DistillConfig,
+    *,
+    step: int,
+    first: int,
+    shortest_tokens: int,
+    dense_end_tokens: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[tuple[int, int]]]]:
     """What one forward pass learns from. A document's part does not depend on which others it is batched with.
 
     Args:
         texts: documents of one length.
         step: decides the length that all are cut to, and the labels.
         first: number of the first document in the whole run, which decides its question.
+        dense_end_tokens: how much of a piece that ends with a question is read densely.
 
     Returns:
         tokens [B, length]; the positions [labels] whose next token is a label of some document; their weights
         [B, labels], 0 for another document's answers, 1 in sum for each document; [B, labels] the token of an answer,
-        -1 where the label is none of this document's answers.
+        -1 where the label is none of this document's answers; for each document the parts (first, stop) that
+        generation would read densely: the end of a piece's prompt, to the token before its answer.
     """
     rows: list[Tensor] = []
     answers: list[set[int]] = []
     between: list[set[int]] = []
+    ends: list[list[tuple[int, int]]] = []
     for number, text in enumerate(texts, start=first):
         text = shorter(text, shortest_tokens=shortest_tokens, rng=random.Random(f"{config.seed}:cut:{step}")).clone()
         cuts = random.Random(f"{config.seed}:pieces:{number}")
         begin, places, joiners = 0, set[int](), set[int]()
+        ends.append([])
         for i, piece in enumerate(pieces(text, shortest_tokens=shortest_piece(shortest_tokens), rng=cuts)):
             seed = f"{config.seed}:{number}:{i}"
-            mixed, asked = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
+            mixed, asked, prompt = mixed_document(piece, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
             text[begin : begin + len(piece)] = mixed
             places.update(begin + t for t in asked)
+            if prompt and dense_end_tokens:
+                ends[-1].append((begin + max(0, prompt - dense_end_tokens), begin + prompt))
             for t, later in pairwise([*asked, len(text)] if asked else []):  # how a list goes on, and how it ends, is the
                 joiners.update(begin + k for k in range(t + 1, later if later - t <= LONGEST_JOINER else t + 2))  # teacher's
             begin += len(piece)
@@ -141,7 +155,7 @@ def training_batch(
         of_answer, of_other = share / max(1, len(its)), (1 - share) / max(1, len(others))
         weights.append([of_answer if t in its else of_other if t in others else 0.0 for t in labels])
         expected.append([int(row[t + 1]) if t in its else -1 for t in labels])
-    return torch.stack(rows), torch.tensor(labels), torch.tensor(weights), torch.tensor(expected)
+    return torch.stack(rows), torch.tensor(labels), torch.tensor(weights), torch.tensor(expected), ends
 
 
 @gives_back
@@ -181,6 +195,7 @@ def distill(
     check_fingerprint(model, artifact)
     length = document_length(model, config.length_tokens, artifact.config)
     shortest_tokens = shortest_document(config, artifact.config, length, tokenizer)
+    dense_end = artifact.config.dense_end_tokens
     total = config.steps * config.batch_size * accelerator.num_processes
     count = max(1, min(total, MOST_DOCUMENTS))
     judges = min(count, max(HELD_OUT_DOCUMENTS, len(sources)))
@@ -201,9 +216,13 @@ def distill(
         def compare(some: list[Tensor], step: int, first: int) -> dict[str, Tensor]:
             """Means of a batch: the loss, its part without answers ("text_kl"), and the share of labels on which teacher
             and student prefer the same token."""
-            batch = training_batch(some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens)
+            *batch, ends = training_batch(
+                some, tokenizer, config, step=step, first=first, shortest_tokens=shortest_tokens,
+                dense_end_tokens=dense_end,
+            )  # fmt: skip
             tokens, labels, weights, expected = (part.to(device) for part in batch)
             want = _teach(model, student, prepared, config, tokens, labels)
+            read_densely(student, ends)
             counted = weights > 0
             text = counted & (expected < 0)
             expected = expected.where(want.argmax(-1) == expected, -1)  # else the teacher's own word is the label
@@ -244,7 +263,7 @@ def distill(
             what="Stage 2: distilling",
             accelerator=accelerator,
             work=work,
-            inputs=stage_inputs(artifact, sources),
+            inputs=stage_inputs(artifact, sources) | ({"question_ends": "dense"} if dense_end else {}),  # or an older state
         )
         after = on_held_out() if config.steps else {}
         if config.weights == "lora":  # what the artefact calls its base, not where it lies on this machine

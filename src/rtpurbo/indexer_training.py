@@ -250,7 +250,7 @@ def train_indexer(
         """Tokens of a training document, and the positions of question and answer, which every step uses."""
         seed = f"{config.seed}:index:{number}"
         text = shorter(texts[number], shortest_tokens=shortest_tokens, rng=random.Random(seed))
-        tokens, answers = mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
+        tokens, answers, _ = mixed_document(text, tokenizer, retrieval_ratio=config.retrieval_ratio, seed=seed)
         end = range(max(0, len(tokens) - QUESTION_TOKENS), len(tokens))
         return tokens, sorted({*answers, *end}) if answers else []
 

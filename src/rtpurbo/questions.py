@@ -157,6 +157,8 @@ class RetrievalSample:
     depth: float
     """Where the (first) fact asked for lies, 0 start to 1 end."""
     kind: str
+    examples: int = 0
+    """Of `answers`, how many are an example's, before the document's own questions."""
 
     @property
     def prompt(self) -> Tensor:
@@ -231,7 +233,8 @@ def training_sample(
             first = of(document[: SHORTEST_TOKENS - len(gap)], wordings=wordings[:1], seed=f"{seed}:example")
             rest = of(document[SHORTEST_TOKENS:], wordings=wordings, seed=seed)
             later = tuple((SHORTEST_TOKENS + start, SHORTEST_TOKENS + stop) for start, stop in rest.answers)
-            return replace(rest, tokens=torch.cat([first.tokens, gap, rest.tokens]), answers=first.answers + later)
+            tokens, answers = torch.cat([first.tokens, gap, rest.tokens]), first.answers + later
+            return replace(rest, tokens=tokens, answers=answers, examples=len(first.answers))
     return _asked(document, tokenizer, wordings, kind=kind, depth=depth, seed=seed)
 
 
@@ -428,20 +431,22 @@ def shorter(document: Tensor, *, shortest_tokens: int, rng: random.Random) -> Te
     return document[: max(len(document) // rng.choice((1, 1, 2, 4)), shortest_tokens)]
 
 
-def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int]]:
+def mixed_document(document: Tensor, tokenizer: Any, *, retrieval_ratio: float, seed: str) -> tuple[Tensor, list[int], int]:
     """A training document: as it is, or (a share `retrieval_ratio`) one that needs something from far away at its end:
     hidden facts and a question, or a repeated span.
 
     Returns:
-        tokens [length], and the positions whose next token is part of the answer.
+        tokens [length]; the positions whose next token is part of an answer; how many tokens a prompt would have that
+        ends with the question (or with what is known of the span), 0 where nothing is asked.
     """
     rng = random.Random(f"{seed}:mixed")
     if rng.random() >= retrieval_ratio:
-        return document, []
+        return document, [], 0
     kind = rng.choice(TRAINING_KINDS)
     length = len(document)
     if kind == "span":
         tokens, _ = repeated_span(document, document, span_tokens=SPAN_TOKENS, latest=length // 2, rng=rng)
-        return tokens, list(span_answers(length, SPAN_TOKENS))
+        answers = list(span_answers(length, SPAN_TOKENS))
+        return tokens, answers, answers[0] + 1
     sample = training_sample(document, tokenizer, kind=kind, depth=rng.random(), seed=seed)
-    return sample.tokens, sample.label_positions
+    return sample.tokens, sample.label_positions, sample.answers[sample.examples][0]
