@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rtpurbo.attach import attached
 from rtpurbo.attention import LayerState, sparse_forward
@@ -40,8 +40,8 @@ from rtpurbo.config import SparseConfig
 from rtpurbo.families import attention_layers, head_counts
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import stored_keys
-from rtpurbo.ops.prefill import dense_attention, workspace_elements
-from rtpurbo.ops.reference import index_scores, near_slots, sink_slots, visible_slots
+from rtpurbo.ops.prefill import dense_attention, prefill_attention, workspace_elements
+from rtpurbo.ops.reference import gather_slots, index_scores, near_slots, sink_slots, visible_slots
 
 METHODS = ("razor", "window", "top_k", "quest", "snapkv")
 SINK_TOKENS = 4
@@ -272,14 +272,10 @@ def top_k_keep(
     index_k: Tensor | None,
     real: Tensor | None,
 ) -> Tensor:
-    """[B or 1, Hq, T, N] bool: window and sinks, and for retrieval heads the `budget_tokens` far tokens that score highest.
-
-    Among equal scores (equal tokens have them in the first layer) it is left open which are taken.
+    """[B or 1, Hq, T, N] bool: window and sinks, and for retrieval heads what `top_k_chosen` says; arguments as for it.
 
     Args:
-        q_slots: [T]; `slots`: N.
-        index_q, index_k: [B, U, T, d] and [B, U, N, d]; None in a layer without retrieval heads.
-        real: [B, N] bool, False for padding; None when nothing is padded.
+        index_q, index_k: None in a layer without retrieval heads.
     """
     k_slots = torch.arange(slots, device=q_slots.device)
     visible, sinks = visible_slots(q_slots, k_slots, real), sink_slots(real, state.config.sink_tokens, device=q_slots.device)
@@ -287,13 +283,31 @@ def top_k_keep(
     keep = near.repeat_interleave(state.group_size, 1)
     if index_q is None or index_k is None:
         return keep
-    far = visible & ~near_slots(q_slots, k_slots, sinks, state.config.window_tokens)
-    scores = index_scores(index_q, index_k).masked_fill(~far, -torch.inf)
-    best = scores.topk(min(budget_tokens, slots), -1).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & far  # a query may have fewer far tokens
-    keep = keep.expand(len(scores), -1, -1, -1).clone()
-    keep[:, state.retrieval] |= chosen.repeat_interleave(state.heads.heads_per_unit, 1)
+    chosen = top_k_chosen(budget_tokens, state, q_slots, index_q, index_k, real)
+    keep = keep.expand(len(chosen), -1, -1, -1).clone()
+    keep[:, state.retrieval] = chosen.repeat_interleave(state.heads.heads_per_unit, 1)
     return keep
+
+
+def top_k_chosen(
+    budget_tokens: int, state: LayerState, q_slots: Tensor, index_q: Tensor, index_k: Tensor, real: Tensor | None
+) -> Tensor:
+    """[B, U, T, N] bool: window and sinks, and the `budget_tokens` far tokens that score highest.
+
+    Among equal scores (equal tokens have them in the first layer) it is left open which are taken.
+
+    Args:
+        q_slots: [T].
+        index_q, index_k: [B, U, T, d] and [B, U, N, d].
+        real: [B, N] bool, False for padding; None when nothing is padded.
+    """
+    k_slots = torch.arange(index_k.shape[2], device=q_slots.device)
+    visible, sinks = visible_slots(q_slots, k_slots, real), sink_slots(real, state.config.sink_tokens, device=q_slots.device)
+    near = visible & near_slots(q_slots, k_slots, sinks, state.config.window_tokens)
+    scores = index_scores(index_q, index_k).masked_fill(near | ~visible, -torch.inf)
+    best = scores.topk(min(budget_tokens, len(k_slots)), -1).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)  # of few far ones: others too
+    return near | (chosen & visible)
 
 
 def _top_k_prefill(
@@ -306,21 +320,29 @@ def _top_k_prefill(
     index_k: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of a whole prompt by `top_k_keep`, in pieces of queries: q [B, Hq, T, D] -> [B, Hq, T, D]."""
-    slots = k.shape[2]
-    k, v = (repeat_kv(x, state.group_size) for x in (k, v))
-    rows = max(1, min(PIECE_ELEMENTS, workspace_elements(q.device)) // (q.shape[0] * q.shape[1] * slots))
-    out = []
-    for start in range(0, slots, rows):
-        here = slice(start, min(start + rows, slots))
-        q_slots = torch.arange(here.start, here.stop, device=q.device)
-        index_here = None if index_q is None else index_q[:, :, here]
-        keep = top_k_keep(spec.budget_tokens, state, q_slots, slots, index_here, index_k, None)
-        out.append(F.scaled_dot_product_attention(q[:, :, here], k, v, attn_mask=keep, scale=scaling))
-    if end := min(state.config.dense_end_tokens, slots):
-        dense = dense_attention(q[:, :, -end:], k, v, scaling=scaling)
-        return torch.cat([torch.cat(out, 2)[:, :, :-end], dense], 2)
-    return torch.cat(out, 2)
+    """Attention of a whole prompt by `top_k_keep`: q [B, Hq, T, D] -> [B, Hq, T, D]. Windows by the product's kernels,
+    retrieval heads in pieces of queries with a mask."""
+    slots, config = k.shape[2], state.config
+    sinks = sink_slots(None, config.sink_tokens, device=q.device)
+    out = prefill_attention(
+        q, k[:, :0], v[:, :0], k, v, gather_slots(k, sinks), gather_slots(v, sinks), None, None,
+        kv_rows=tuple(range(k.shape[1])), head_units=(-1,) * q.shape[1], first_slot=0, sinks=sinks,
+        window_tokens=state.windows, top_p=1.0, scaling=scaling,
+    )  # fmt: skip
+    if index_q is not None and index_k is not None:
+        rows = torch.tensor([head // state.group_size for head in state.retrieval], device=q.device)
+        far_k, far_v = k[:, rows], v[:, rows]
+        size = max(1, min(PIECE_ELEMENTS, workspace_elements(q.device)) // (q.shape[0] * len(rows) * slots))
+        for start in range(0, slots, size):
+            stop = min(start + size, slots)  # no query of this piece sees further
+            q_slots, seen = torch.arange(start, stop, device=q.device), index_k[:, :, :stop]
+            keep = top_k_chosen(spec.budget_tokens, state, q_slots, index_q[:, :, start:stop], seen, None)
+            keep = keep.repeat_interleave(state.heads.heads_per_unit, 1)
+            part = q[:, state.retrieval, start:stop], far_k[:, :, :stop], far_v[:, :, :stop]
+            out[:, state.retrieval, start:stop] = F.scaled_dot_product_attention(*part, attn_mask=keep, scale=scaling)
+    if end := min(config.dense_end_tokens, slots):
+        return torch.cat([out[:, :, :-end], dense_attention(q[:, :, -end:], k, v, scaling=scaling)], 2)
+    return out
 
 
 def _index_share(config: SparseConfig, head_dim: int) -> float:

@@ -189,7 +189,7 @@ def test_top_k_in_decode_is_top_k_in_prefill(monkeypatch):
     model = shared_model("qwen2")
     heads = head_map(model, "head")
     got = run(model, "top_k", 9, "head", ONCE)[0]
-    monkeypatch.setattr(rivals, "PIECE_ELEMENTS", 6 * 96 * 7)  # pieces of 7 queries
+    monkeypatch.setattr(rivals, "PIECE_ELEMENTS", 2 * 96 * 7)  # pieces of 7 queries where two heads retrieve
     with rival(
         model, "top_k", budget_tokens=9, heads=heads, indexer=random_indexer(heads).state_dict(), config=CONFIG
     ) as reads:
