@@ -272,9 +272,10 @@ def top_k_keep(
     index_k: Tensor | None,
     real: Tensor | None,
 ) -> Tensor:
-    """[B or 1, Hq, T, N] bool: window and sinks, and for retrieval heads what `top_k_chosen` says; arguments as for it.
+    """[B or 1, Hq, T, N] bool: window and sinks, and for retrieval heads what `top_k_chosen` says. Arguments as there, and
 
     Args:
+        slots: N.
         index_q, index_k: None in a layer without retrieval heads.
     """
     k_slots = torch.arange(slots, device=q_slots.device)
@@ -320,10 +321,10 @@ def _top_k_prefill(
     index_k: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of a whole prompt by `top_k_keep`: q [B, Hq, T, D] -> [B, Hq, T, D]. Windows by the product's kernels,
+    """Attention of a whole prompt by `top_k_chosen`: q [B, Hq, T, D] -> [B, Hq, T, D]. Windows by the product's kernels,
     retrieval heads in pieces of queries with a mask."""
     slots, config = k.shape[2], state.config
-    sinks = sink_slots(None, config.sink_tokens, device=q.device)
+    sinks = sink_slots(None, min(config.sink_tokens, slots), device=q.device)
     out = prefill_attention(
         q, k[:, :0], v[:, :0], k, v, gather_slots(k, sinks), gather_slots(v, sinks), None, None,
         kv_rows=tuple(range(k.shape[1])), head_units=(-1,) * q.shape[1], first_slot=0, sinks=sinks,

@@ -164,6 +164,28 @@ def test_dense_attention_of_the_last_queries(slots, queries, padding, without_ma
     assert used == ([(queries, slots)] if without_mask and real is None else [])
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("slots", "queries"), LENGTHS)
+def test_the_gradient_of_dense_attention(slots, queries, padding, monkeypatch):
+    """In pieces and whole, as SDPA gives it on a CPU."""
+    inputs, real = make_inputs(2, 4, 2, slots, queries)[:3], make_real(padding, 2, slots)
+    visible = visible_slots(torch.arange(slots - queries, slots), torch.arange(slots), real)
+    weights = torch.randn(2, 4, queries, DIM) * visible.any(-1)[..., None]
+    found = []
+    for size in (5 * 4 * slots, 1 << 26, None):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        if size:
+            monkeypatch.setattr(prefill, "MASK_ELEMENTS", size)
+            out = ops.dense_attention(q, k, v, scaling=SCALING, real=real)
+        else:
+            keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, visible, scale=SCALING)
+        (out * weights).sum().backward()
+        found.append((q.grad, k.grad, v.grad))
+    for got, want in zip(found[0] + found[1], found[2] * 2, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_single_unit_for_several_heads():
     q, k, v, index_q, index_k = make_inputs(2, 3, 3, 50, 50, units=1)
     settings = {"window": 4, "sink_tokens": 2, "top_p": 0.6, "real": None, "unit_size": 3}

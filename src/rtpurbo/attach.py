@@ -219,8 +219,8 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 
 def read_densely(model: nn.Module, ends: list[list[tuple[int, int]]]) -> None:
-    """From now on, all heads read parts of documents without a cache densely: a forward pass and its backward pass, which
-    may compute it again, so see what generation would where a prompt ends (`dense_end_tokens`).
+    """Until the next call, all heads read these parts of documents densely where there is no cache, as generation reads the
+    end of a prompt (`dense_end_tokens`). The backward pass may compute a layer again and needs the same parts.
 
     Args:
         ends: for each document of the batch (first, stop) of such parts, none or more; []: no part of any.

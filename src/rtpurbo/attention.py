@@ -61,7 +61,7 @@ class LayerState:
     reading: bool = False
     """Whether what is read begins a prompt that goes on; see `attach.reading`."""
     dense_ends: list[list[tuple[int, int]]] = field(default_factory=list)
-    """For each document of a batch the positions (first, stop) that all heads read densely; see `attach.read_densely`."""
+    """For each document of a batch the slots (first, stop) that all heads read densely; see `attach.read_densely`."""
     retrieval: list[int] = field(init=False)
     local: list[int] = field(init=False)
     full_kv: list[int] = field(init=False)
@@ -170,8 +170,7 @@ def sparse_forward(
             for i, ends in enumerate(state.dense_ends):
                 for first, stop in ends:
                     some = q[i, None, :, first:stop], k[i, None, :, :stop], v[i, None, :, :stop]
-                    seen = None if real is None else real[i, None, :stop]
-                    out[i, None, :, first:stop] = ops.dense_attention(*some, scaling=self.scaling, real=seen)  # type: ignore[arg-type]
+                    out[i, None, :, first:stop] = ops.dense_attention(*some, scaling=self.scaling)  # type: ignore[arg-type]
         if layer is not None and end and prompt and not goes_on:
             last = ops.dense_attention(q[:, :, -end:], *layer.all_heads(), scaling=self.scaling, real=real)  # type: ignore[arg-type]
             out = torch.cat([out[:, :, : -last.shape[2]], last], 2)

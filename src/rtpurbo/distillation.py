@@ -120,8 +120,8 @@ def training_batch(
     Returns:
         tokens [B, length]; the positions [labels] whose next token is a label of some document; their weights
         [B, labels], 0 for another document's answers, 1 in sum for each document; [B, labels] the token of an answer,
-        -1 where the label is none of this document's answers; for each document the parts (first, stop) that
-        generation would read densely: the end of a piece's prompt, to the token before its answer.
+        -1 where the label is none of this document's answers; for each document the parts (first, stop) to read
+        densely: the end of what is before a piece's answer, as if it were a prompt of its own.
     """
     rows: list[Tensor] = []
     answers: list[set[int]] = []

@@ -104,7 +104,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Te
     """Dense causal attention of the last queries; a group's heads share keys and values.
 
     In PyTorch's flash kernel where nothing is padded and it takes the tensors (on a GPU, in half precision), which needs
-    no mask; else with a mask, in pieces.
+    no mask; else with a mask, in pieces, and under autograd by plain products: on a GPU SDPA's gradient with such a mask
+    was not always finite.
 
     Args:
         q: [B, Hq, T, D] queries of the last T slots.
@@ -125,9 +126,16 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Te
         seen = None if real is None else real[:, :stop]
         mask = visible_slots(slots[start:stop], slots[:stop], seen).repeat(1, 1, group, 1)
         rows = part.unflatten(1, (-1, group)).flatten(2, 3)
-        out = F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], mask, scale=scaling)
+        attend = _products if needs_gradient(part, k, v) else F.scaled_dot_product_attention
+        out = _piece(partial(attend, scale=scaling), rows, k[:, :, :stop], v[:, :, :stop], mask)
         parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, 2)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """Attention of q [B, H, T, D] to k, v [B, H, N, D] under a mask [B or 1, 1, T, N], by two products and a softmax."""
+    scores = (q @ k.mT).float() * scale
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def workspace_elements(device: torch.device) -> int:
