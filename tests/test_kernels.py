@@ -16,7 +16,7 @@ import triton.language as tl
 
 from decoding import LAYERS, attended, ladder, run_decode, split_roles
 from rtpurbo import ops
-from rtpurbo.ops import decode_kernels, gather_kernels, kernels, reference
+from rtpurbo.ops import decode_kernels, gather_kernels, kernels, prefill, reference
 from rtpurbo.ops.reference import gather_slots, read_by_tile, sink_slots, tile_positions, visible_scores, visible_slots
 from rtpurbo.ops.select import GRID_STEPS, STEP_NATS, top_p_threshold
 
@@ -314,6 +314,29 @@ def test_gradients(select, padding):
 
 
 # Decode
+
+
+@pytest.mark.parametrize("flash", [True, False])  # where a GPU has it
+@pytest.mark.parametrize(("slots", "queries"), [(33, 33), (131, 20), (1031, 128)])
+def test_gradients_of_a_dense_end(slots, queries, flash, monkeypatch):
+    dim, weight = 64, torch.randn(1, 6, queries, 64, device=DEVICE)
+    q, k, v = make_inputs(1, 6, slots, queries, dim=dim)[:3]
+    k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
+    place = torch.arange(slots, device=DEVICE)
+    mask = visible_slots(place[slots - queries :], place, None)
+    if not flash:
+        monkeypatch.setattr(prefill, "can_use_flash_attention", lambda _: False)
+
+    def gradients(attend, inputs):
+        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad((attend(*inputs).float() * weight).sum(), inputs)
+
+    def repeated(q, k, v):
+        return plain(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask, SCALING)
+
+    got = gradients(lambda *x: ops.dense_attention(*x, scaling=SCALING), (q, k, v))
+    for i in range(3):
+        close(got[i], (q, k, v), lambda *x, i=i: gradients(repeated, x)[i])
 
 
 @pytest.fixture(params=["many splits", "one split"])
