@@ -41,7 +41,7 @@ from rtpurbo.families import attention_layers, head_counts
 from rtpurbo.heads import HeadMap
 from rtpurbo.indexer import stored_keys
 from rtpurbo.ops.prefill import dense_attention, prefill_attention, workspace_elements
-from rtpurbo.ops.reference import gather_slots, index_scores, near_slots, sink_slots, visible_slots
+from rtpurbo.ops.reference import gather_slots, index_scores, near_slots, pick_heads, sink_slots, visible_slots
 
 METHODS = ("razor", "window", "top_k", "quest", "snapkv")
 SINK_TOKENS = 4
@@ -331,15 +331,15 @@ def _top_k_prefill(
         window_tokens=state.windows, top_p=1.0, scaling=scaling,
     )  # fmt: skip
     if index_q is not None and index_k is not None:
-        rows = torch.tensor([head // state.group_size for head in state.retrieval], device=q.device)
-        far_k, far_v = k[:, rows], v[:, rows]
+        rows = [head // state.group_size for head in state.retrieval]
+        far_q, far_k, far_v = pick_heads(q, state.retrieval), pick_heads(k, rows), pick_heads(v, rows)
         size = max(1, min(PIECE_ELEMENTS, workspace_elements(q.device)) // (q.shape[0] * len(rows) * slots))
         for start in range(0, slots, size):
             stop = min(start + size, slots)  # no query of this piece sees further
             q_slots, seen = torch.arange(start, stop, device=q.device), index_k[:, :, :stop]
             keep = top_k_chosen(spec.budget_tokens, state, q_slots, index_q[:, :, start:stop], seen, None)
             keep = keep.repeat_interleave(state.heads.heads_per_unit, 1)
-            part = q[:, state.retrieval, start:stop], far_k[:, :, :stop], far_v[:, :, :stop]
+            part = far_q[:, :, start:stop], far_k[:, :, :stop], far_v[:, :, :stop]
             out[:, state.retrieval, start:stop] = F.scaled_dot_product_attention(*part, attn_mask=keep, scale=scaling)
     if end := min(config.dense_end_tokens, slots):
         return torch.cat([out[:, :, :-end], dense_attention(q[:, :, -end:], k, v, scaling=scaling)], 2)

@@ -60,6 +60,12 @@ def plain(q, k, v, allowed, scaling):
     return logits.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
+def gradients(attend, inputs, weight):
+    """Of the sum of what `attend` gives, times `weight`, for every input."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((attend(*inputs).float() * weight).sum(), inputs)
+
+
 def window_mask(slots, queries, window, sinks, real):
     k_slots = torch.arange(slots, device=DEVICE)
     q_slots = k_slots[slots - queries :]
@@ -301,42 +307,36 @@ def test_gradients(select, padding):
             real=real,
         )  # fmt: skip
 
-    def gradients(attend, inputs):
-        inputs = [x.detach().clone().requires_grad_() for x in inputs]
-        return torch.autograd.grad((attend(*inputs).float() * weight).sum(), inputs)
+    def want(q, k, v):
+        return plain(q, k, v, keep, SCALING)
 
-    got = gradients(ours, (q, k, v))
+    got = gradients(ours, (q, k, v), weight)
     for i, name in enumerate("qkv"):
         try:
-            close(got[i], (q, k, v), lambda *x, i=i: gradients(lambda q, k, v: plain(q, k, v, keep, SCALING), x)[i])
+            close(got[i], (q, k, v), lambda *x, i=i: gradients(want, x, weight)[i])
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}") from error
-
-
-# Decode
 
 
 @pytest.mark.parametrize("flash", [True, False])  # where a GPU has it
 @pytest.mark.parametrize(("slots", "queries"), [(33, 33), (131, 20), (1031, 128)])
 def test_gradients_of_a_dense_end(slots, queries, flash, monkeypatch):
-    dim, weight = 64, torch.randn(1, 6, queries, 64, device=DEVICE)
-    q, k, v = make_inputs(1, 6, slots, queries, dim=dim)[:3]
-    k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
+    q, k, v = make_inputs(1, 6, slots, queries, dim=64)[:3]
+    k, v, weight = k[:, :2].contiguous(), v[:, :2].contiguous(), torch.randn(*q.shape, device=DEVICE)
     place = torch.arange(slots, device=DEVICE)
     mask = visible_slots(place[slots - queries :], place, None)
     if not flash:
         monkeypatch.setattr(prefill, "can_use_flash_attention", lambda _: False)
 
-    def gradients(attend, inputs):
-        inputs = [x.detach().clone().requires_grad_() for x in inputs]
-        return torch.autograd.grad((attend(*inputs).float() * weight).sum(), inputs)
-
     def repeated(q, k, v):
         return plain(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask, SCALING)
 
-    got = gradients(lambda *x: ops.dense_attention(*x, scaling=SCALING), (q, k, v))
+    got = gradients(lambda *x: ops.dense_attention(*x, scaling=SCALING), (q, k, v), weight)
     for i in range(3):
-        close(got[i], (q, k, v), lambda *x, i=i: gradients(repeated, x)[i])
+        close(got[i], (q, k, v), lambda *x, i=i: gradients(repeated, x, weight)[i])
+
+
+# Decode
 
 
 @pytest.fixture(params=["many splits", "one split"])

@@ -121,13 +121,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, real: Te
         return F.scaled_dot_product_attention(q, k, v, last, scale=scaling, enable_gqa=group > 1)
     slots = torch.arange(k.shape[2], device=q.device)
     size, stop, parts = max(1, MASK_ELEMENTS // (len(q) * group * len(slots))), len(slots) - q.shape[2], []
+    attend = partial(_products if needs_gradient(q, k, v) else F.scaled_dot_product_attention, scale=scaling)
     for part in q.split(size, 2):
         start, stop = stop, stop + part.shape[2]  # no query of this piece sees further
         seen = None if real is None else real[:, :stop]
         mask = visible_slots(slots[start:stop], slots[:stop], seen).repeat(1, 1, group, 1)
         rows = part.unflatten(1, (-1, group)).flatten(2, 3)
-        attend = _products if needs_gradient(part, k, v) else F.scaled_dot_product_attention
-        out = _piece(partial(attend, scale=scaling), rows, k[:, :, :stop], v[:, :, :stop], mask)
+        out = _piece(attend, rows, k[:, :, :stop], v[:, :, :stop], mask)
         parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, 2)
 
